@@ -1,0 +1,34 @@
+"""Shared fixtures. `pytest --device cuda` runs the device-agnostic tests on a GPU, untouched."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+# Triton kernels run in the interpreter unless a GPU is asked for; Triton reads this when a kernel is first defined.
+if "cuda" not in " ".join(sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="device of the device-agnostic tests")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device chosen on the command line."""
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda: no CUDA device is available")
+    return torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
