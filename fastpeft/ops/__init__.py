@@ -1,0 +1,15 @@
+"""The differentiable operators: one file each, with reference, schema, gradient and public function.
+
+Importing this package defines `torch.ops.fastpeft.*` and, where the extension `fastpeft._C` was built, loads its CPU
+kernels. It imports neither triton nor transformers nor peft.
+"""
+
+from __future__ import annotations
+
+from .backend import initialise
+from .lora_embedding import lora_embedding
+from .lora_linear import lora_linear, lora_linear_group
+
+__all__ = ["lora_embedding", "lora_linear", "lora_linear_group"]
+
+initialise()
