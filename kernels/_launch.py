@@ -1,0 +1,96 @@
+"""What every launcher needs: the device's limits, tile sizes computed from them, the device guard, the second pass."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ._device import sum_parts_kernel
+
+MEMBERS = 4  # a kernel takes the scalings of up to so many members as arguments
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What tile sizes are computed from."""
+
+    multiprocessors: int
+    shared_bytes: int  # that one program may use
+
+
+@functools.cache
+def _limits(kind: str, index: int | None) -> Limits:
+    if kind == "cuda":
+        prop = torch.cuda.get_device_properties(index)
+        shared = getattr(prop, "shared_memory_per_block_optin", 0) or getattr(prop, "shared_memory_per_block", 0)
+        return Limits(prop.multi_processor_count, shared or 64 * 1024)
+    if kind == "xpu":
+        prop = torch.xpu.get_device_properties(index)
+        return Limits(prop.gpu_subslice_count, getattr(prop, "local_mem_size", 64 * 1024))
+    # Interpreter and emulator: any fixed choice, here an A100's, so that what is counted there is what would run.
+    return Limits(108, 163 * 1024)
+
+
+def limits(device: torch.device) -> Limits:
+    """Limits of `device`; asked of the driver once."""
+    return _limits(device.type, device.index)
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's device the current one: Triton launches on the current device's current stream."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two >= n, kept within least … most."""
+    return max(least, min(most, triton.next_power_of_2(max(n, 1))))
+
+
+def unit_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix` itself if its rows are contiguous (any row stride), else a copy."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+def require_unit_columns(name: str, matrix: torch.Tensor) -> None:
+    """Error for a result to be written in place that has no contiguous rows."""
+    if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
+        raise ValueError(f"{name}: rows must be contiguous (any row stride), got strides {tuple(matrix.stride())}")
+
+
+def padded(values: Sequence[float], count: int = MEMBERS) -> list[float]:
+    """`values` with zeros up to `count`."""
+    return [*values, *[0.0] * (count - len(values))]
+
+
+def chunks(count: int, size: int = MEMBERS) -> list[tuple[int, int]]:
+    """[first, last) of successive chunks of 0 … count."""
+    return [(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def splits_for(programs: int, steps: int, least_steps: int, multiprocessors: int) -> tuple[int, int]:
+    """(parts, steps per part) of a reduction of `steps` steps so that programs * parts fill the GPU about once."""
+    parts = max(1, min(multiprocessors // max(programs, 1), steps // max(least_steps, 1)))
+    per_part = triton.cdiv(max(steps, 1), parts)
+    return triton.cdiv(max(steps, 1), per_part), per_part
+
+
+def partials(parts: int, out: torch.Tensor) -> torch.Tensor:
+    """Where a kernel writes `parts` partial results of `out`: `out` itself for one part, else an fp32 workspace."""
+    return out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
+
+
+def sum_partials(parts: torch.Tensor, out: torch.Tensor) -> None:
+    """out = parts.sum(0) in a fixed order; nothing to do when the kernel wrote `out` itself. `out` is contiguous."""
+    if parts is out:
+        return
+    count = parts.shape[0]
+    sum_parts_kernel[(triton.cdiv(out.numel(), 512),)](
+        parts, out, out.numel(), count, BP=power_of_two(count, 1, 8), BN=512, num_warps=4
+    )

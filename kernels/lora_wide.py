@@ -1,0 +1,212 @@
+"""Base product and adapter in one matrix product; the adapter is a K step more.
+
+    y_g = x W_gᵀ + b_g + s_g B_gᵀ
+    dx  = dy W + Σ_g c_g · mask_g ∘ (ds_g A_g)
+
+The rim goes first, into the accumulator that the main loop then continues: the mask and c_g fall on the rim alone, no
+second accumulator is needed, and the result is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ._device import cast, dot, dot_rim, pick
+from ._launch import MEMBERS, limits, on_device, padded, power_of_two
+from .lora_expand import add_product, member_of_tile, tiles_of_members
+from .philox import keep_mask, threshold
+
+
+@triton.jit
+def _tile_of_program(M, tiles, BM: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles share their columns' weights in L2."""
+    i = tl.program_id(0)
+    i_first = i // (GROUP * tiles) * GROUP
+    size = tl.minimum(tl.cdiv(M, BM) - i_first, GROUP)
+    i = i % (GROUP * tiles)
+    return i_first + i % size, i // size
+
+
+@triton.jit
+def _add_main_product(
+    b_acc, p_a, p_b, K, stride_ak, stride_bk, m_a, m_b, EVEN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """b_acc + a @ b over K: `p_a` (BM, 1) and `p_b` (1, BN) point at the first element of each row and column."""
+    o_k = tl.arange(0, BK)
+    for k in range(0, K, BK):
+        o_ak = (k + o_k)[None, :].to(tl.int64) * stride_ak
+        o_bk = (k + o_k)[:, None].to(tl.int64) * stride_bk
+        if EVEN:
+            b_a = tl.load(p_a + o_ak, mask=m_a, other=0.0)
+            b_b = tl.load(p_b + o_bk, mask=m_b, other=0.0)
+        else:
+            m_k = k + o_k < K
+            b_a = tl.load(p_a + o_ak, mask=m_a & m_k[None, :], other=0.0)
+            b_b = tl.load(p_b + o_bk, mask=m_b & m_k[:, None], other=0.0)
+        b_acc = dot(b_a, cast(b_b, b_a.dtype), b_acc)
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["M", "t1", "t2", "t3", "tiles"])
+def _wide_kernel(
+    p_x, p_w, p_bias, p_s, p_b, p_y, M, K, R, tiles, t1, t2, t3, n1, n2, n3, n4,
+    stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_ym,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """A BM x BN tile of y, the columns of one member."""
+    i_m, i_t = _tile_of_program(M, tiles, BM, GROUP)
+    i_g, i_n, n_end = member_of_tile(i_t, t1, t2, t3, n1, n2, n3, n4, BN)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n + tl.arange(0, BN)
+    m_m = (o_m < M)[:, None]
+    m_n = (o_n < n_end)[None, :]
+    o_m64 = o_m[:, None].to(tl.int64)
+    o_n64 = o_n[None, :].to(tl.int64)
+
+    b_acc = tl.zeros((BM, BN), tl.float32)
+    for i_r in range(0, R, BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_r = o_r < R
+        b_s = tl.load(p_s + o_m64 * stride_sm + (i_g * R + o_r)[None, :], mask=m_m & m_r[None, :], other=0.0)
+        b_b = tl.load(p_b + o_n64 * stride_bn + o_r[:, None] * stride_br, mask=m_r[:, None] & m_n, other=0.0)
+        b_acc = dot_rim(b_s, b_b, b_acc, p_x.dtype.element_ty)
+    b_acc = _add_main_product(
+        b_acc, p_x + o_m64 * stride_xm, p_w + o_n64 * stride_wn, K, 1, stride_wk, m_m, m_n, EVEN, BK
+    )
+    if HAS_BIAS:
+        b_acc += tl.load(p_bias + o_n, mask=o_n < n_end, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + o_m64 * stride_ym + o_n64, cast(b_acc, p_y.dtype.element_ty), mask=m_m & m_n)
+
+
+@triton.jit(do_not_specialize=["threshold", "M", "members", "tiles"])
+def _wide_backward_kernel(
+    p_dy, p_w, p_ds, p_a, p_dx, p_seed, c0, c1, c2, c3, threshold, M, N, K, R, members, tiles,
+    stride_dym, stride_wn, stride_wk, stride_dsm, stride_ar, stride_dxm,
+    DROP: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """A BM x BN tile of dx (BN of its K columns), summed over N in steps of BK."""
+    i_m, i_t = _tile_of_program(M, tiles, BM, GROUP)
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_t * BN + tl.arange(0, BN)
+    m_m = (o_m < M)[:, None]
+    m_n = (o_n < K)[None, :]
+    o_m64 = o_m[:, None].to(tl.int64)
+    o_n64 = o_n[None, :].to(tl.int64)
+    if DROP:
+        seed = tl.load(p_seed)
+
+    b_acc = tl.zeros((BM, BN), tl.float32)
+    for i_g in range(0, members):
+        # One member needs one accumulator: its scale and mask can fall on the accumulator itself.
+        b_rim = b_acc
+        if not SINGLE:
+            b_rim = tl.zeros((BM, BN), tl.float32)
+        for i_r in range(0, R, BR):
+            o_r = i_r + tl.arange(0, BR)
+            m_r = o_r < R
+            o_gr = i_g * R + o_r
+            b_ds = tl.load(p_ds + o_m64 * stride_dsm + o_gr[None, :], mask=m_m & m_r[None, :], other=0.0)
+            b_a = tl.load(p_a + o_gr[:, None].to(tl.int64) * stride_ar + o_n64, mask=m_r[:, None] & m_n, other=0.0)
+            b_rim = dot_rim(b_ds, b_a, b_rim, p_dy.dtype.element_ty)
+        b_rim *= pick(i_g, c0, c1, c2, c3)
+        if DROP:
+            o_c8 = i_t * (BN // 8) + tl.arange(0, BN // 8)
+            b_rim = tl.where(keep_mask(seed, o_m, o_c8, i_g, threshold, BM, BN), b_rim, 0.0)
+        if SINGLE:
+            b_acc = b_rim
+        else:
+            b_acc += b_rim
+    b_acc = _add_main_product(
+        b_acc, p_dy + o_m64 * stride_dym, p_w + o_n64 * stride_wk, N, 1, stride_wn, m_m, m_n, EVEN, BK
+    )
+    tl.store(p_dx + o_m64 * stride_dxm + o_n64, cast(b_acc, p_dx.dtype.element_ty), mask=m_m & m_n)
+
+
+# (BM, BN, BK, warps, stages, rate): rate is the share of the tensor cores' speed that a tile's operand reuse allows,
+# a rough figure that only ranks the tiles against each other.
+_TILES_16 = (
+    (128, 256, 64, 8, 3, 1.0),
+    (128, 128, 64, 8, 3, 0.85),
+    (64, 128, 64, 4, 3, 0.65),
+    (64, 64, 64, 4, 3, 0.45),
+    (16, 128, 64, 4, 3, 0.15),
+)
+_TILES_32 = ((64, 64, 16, 4, 2, 1.0), (16, 64, 16, 4, 2, 0.5))
+
+
+def wide_tile(M: int, N: int, bits32: bool, single: bool, device: torch.device) -> dict[str, int]:
+    """The tile of least estimated time, waves * work / rate, among those whose stages fit in shared memory.
+
+    `single`: one accumulator. With two (members masked or scaled apart), a 128 x 256 tile would spill.
+    """
+    limit = limits(device)
+    size = 4 if bits32 else 2
+    best, least = None, float("inf")
+    for BM, BN, BK, warps, stages, rate in _TILES_32 if bits32 else _TILES_16:
+        fits = (BM + BN) * BK * size * stages <= limit.shared_bytes
+        if not fits or (BM * BN > 128 * 128 and not single):
+            continue
+        waves = triton.cdiv(triton.cdiv(M, BM) * triton.cdiv(N, BN), limit.multiprocessors)
+        if waves * BM * BN / rate < least:
+            best, least = (BM, BN, BK, warps, stages), waves * BM * BN / rate
+    if best is None:
+        raise RuntimeError(f"no tile of the fused LoRA product fits in {limit.shared_bytes} bytes of shared memory")
+    return dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), best, strict=True))
+
+
+def wide(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s: torch.Tensor, B: torch.Tensor,
+    splits: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    """y (M, N) of x (M, K), weight (N, K) of any strides, s (M, G·r), B (N, r)."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    if len(splits) > MEMBERS:  # the kernel takes four members; the others' columns are a product of their own
+        n, R = sum(splits[:MEMBERS]), B.shape[1] * MEMBERS
+        y[:, :n] = wide(x, weight[:n], None if bias is None else bias[:n], s[:, :R], B[:n], splits[:MEMBERS])
+        y[:, n:] = wide(x, weight[n:], None if bias is None else bias[n:], s[:, R:], B[n:], splits[MEMBERS:])
+        return y
+    R = B.shape[1]
+    tile = wide_tile(M, N, x.dtype == torch.float32, True, x.device)
+    tiles, t, n = tiles_of_members(splits, tile["BN"])
+    with on_device(x):
+        _wide_kernel[(triton.cdiv(M, tile["BM"]) * tiles,)](
+            x, weight, bias, s, B, y, M, K, R, tiles, *t, *n,
+            x.stride(0), weight.stride(0), weight.stride(1), s.stride(0), B.stride(0), B.stride(1), y.stride(0),
+            HAS_BIAS=bias is not None, EVEN=K % tile["BK"] == 0, GROUP=8, BR=power_of_two(R, 16, 64), **tile,
+        )  # fmt: skip
+    return y
+
+
+def wide_backward(
+    dy: torch.Tensor, weight: torch.Tensor, ds: torch.Tensor, A: torch.Tensor,
+    c: Sequence[float], R: int, p: float, seed: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """dx (M, K) of dy (M, N), weight (N, K) of any strides, ds (M, G·R), A (G·R, K), len(c) = G."""
+    (M, N), K = dy.shape, weight.shape[1]
+    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    if dx.numel() == 0:
+        return dx
+    drop, n = threshold(p) > 0, min(len(c), MEMBERS)
+    tile = wide_tile(M, K, dy.dtype == torch.float32, n == 1, dy.device)
+    tiles = triton.cdiv(K, tile["BN"])
+    with on_device(dy):
+        _wide_backward_kernel[(triton.cdiv(M, tile["BM"]) * tiles,)](
+            dy, weight, ds, A, dx, seed if drop else None, *padded(c[:n]), threshold(p), M, N, K, R, n, tiles,
+            dy.stride(0), weight.stride(0), weight.stride(1), ds.stride(0), A.stride(0), dx.stride(0),
+            DROP=drop, SINGLE=n == 1, EVEN=N % tile["BK"] == 0, GROUP=8, BR=power_of_two(R, 16, 64), **tile,
+        )  # fmt: skip
+    for g in range(n, len(c)):
+        rank = slice(g * R, (g + 1) * R)
+        add_product(dx, ds[:, rank], A[rank].t(), c[g], p, seed, g)
+    return dx
+
+
