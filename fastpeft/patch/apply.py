@@ -1,0 +1,328 @@
+"""`patch`, `unpatch` and `report`: put the planned forwards on a model, and take them off again.
+
+What is set are instance attributes (`module.forward`) and, where base weights are to be one product, the memory that
+the weights lie in. Nothing is replaced globally. A failure anywhere takes everything off again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .group import Forward, Group, LoraForward, ParentForward, PlainForward
+from .inputs import NoInput, example_call
+from .observe import Observation, observe
+from .plan import STACK_OPTIONS, Candidate, GroupPlan, find_candidates, find_plain, make_plan
+from .reading import is_tuner_layer
+from .report import Report, Row
+from .stacking import Stack
+from .verify import verify_alone, verify_group
+
+logger = logging.getLogger("fastpeft")
+
+_STATE = "_fastpeft_patch"
+FORMS = ("auto", "plain", "fused")
+
+
+@dataclass
+class _State:
+    """What `patch` remembers on the model it was given."""
+
+    fingerprint: Any
+    report: Report
+
+
+def patch(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    stack: str = "auto",
+    form: str = "auto",
+    verify: bool = True,
+) -> nn.Module:
+    """Let the model's LoRA layers compute through fastpeft's operators; returns the same model.
+
+    Takes a fastpeft model, a `peft.PeftModel`, or any module with LoRA layers inside; a model without any is returned
+    as it is. Projections of one input (q/k/v, gate/up) become one operator call. What is not recognised, or does not
+    agree with the original when tried, stays as it is: see `report`. Calling it again does nothing unless adapters or
+    options changed; then everything is planned anew. `unpatch` undoes it.
+
+    Args:
+        example_inputs: a small input for one forward of the model (a tensor, a tuple of arguments or a dict of keyword
+            arguments), by which shared inputs are found. Transformers models need none.
+        stack: whether base weights of a group are laid side by side and multiplied at once: "auto" where that is not
+            slower and keeps no more for the backward, "always" where it is possible, "never".
+        form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
+        verify: compare each replacement with what it replaces, forward and backward, before it is used.
+
+    Raises:
+        ValueError: an unknown value for `stack` or `form`.
+    """
+    if stack not in STACK_OPTIONS:
+        raise ValueError(f"patch: stack must be one of {', '.join(STACK_OPTIONS)}, got {stack!r}")
+    if form not in FORMS:
+        raise ValueError(f"patch: form must be one of {', '.join(FORMS)}, got {form!r}")
+    root = _root(model)
+    candidates = find_candidates(root)
+    before = root.__dict__.get(_STATE)
+    fingerprint = _fingerprint(root, (stack, form, verify))
+    if before is not None and before.fingerprint == fingerprint:
+        return model
+    unpatch(root)
+    candidates = find_candidates(root)
+    if not candidates:
+        return model
+    with torch.inference_mode(False):
+        try:
+            result = _patch(root, candidates, example_inputs, stack, form, verify)
+        except BaseException:
+            unpatch(root)
+            raise
+    root.__dict__[_STATE] = _State(_fingerprint(root, (stack, form, verify)), result)
+    logger.info(result.summary())
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Take everything that `patch` did off the model again, to the bit; returns the same model. No-op if unpatched."""
+    for module in model.modules():
+        module.__dict__.pop(_STATE, None)
+    groups: dict[int, Group] = {}
+    for module, forward in list(_forwards(model)):
+        forward.active = False
+        if isinstance(forward, ParentForward):
+            groups.update((id(group), group) for group in forward.groups)
+        elif isinstance(forward, LoraForward | PlainForward) and forward.group is not None:
+            groups[id(forward.group)] = forward.group
+        _take_off(module, forward)
+    for group in groups.values():
+        _dissolve(group)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What is fused in the model and what is not, with the reasons. For an unpatched model: everything is left."""
+    root = _root(model)
+    state: _State | None = root.__dict__.get(_STATE)
+    if state is None:
+        candidates = find_candidates(root)
+        rows = [
+            Row(c.name, c.kind, reason=c.reason or "the model is not patched; call fastpeft.patch(model)")
+            for c in candidates
+        ]
+        return Report(rows)
+    return state.report
+
+
+def _patch(
+    root: nn.Module, candidates: list[Candidate], example_inputs: Any, stack: str, form: str, verify: bool
+) -> Report:
+    plain = find_plain(root)
+    usable = [c for c in candidates if c.reason is None]
+    seen, note = (None, None)
+    if len(usable) > 1 or (usable and plain):
+        seen, note = _observe(root, [*usable, *plain], example_inputs)
+    plan = make_plan(root, candidates, plain, seen[0] if seen else None, stack)
+    plan.note = note
+    rows: dict[nn.Module, Row] = {}
+    applied: list[Group] = []
+    parents: dict[nn.Module, list[Group]] = {}
+    for planned in plan.groups:
+        group, reason = _build_group(root, planned, form, verify)
+        if group is None:
+            plan.alone += [c for c in planned.members if c.reading is not None]
+            logger.debug("fastpeft: no group for %s: %s", planned.members[0].name, reason)
+            continue
+        parents.setdefault(planned.caller, []).append(group)
+        applied.append(group)
+        for candidate in planned.members:
+            rows[candidate.module] = _group_row(candidate, planned, group)
+    for candidate in plan.alone:
+        rows[candidate.module] = _apply_alone(candidate, verify)
+    for parent, groups in parents.items():
+        parent.__dict__["forward"] = ParentForward(parent, groups)
+    if applied and seen is not None and verify:
+        reason = _check_model(seen, applied)
+        if reason is not None:
+            plan.note = f"no groups: {reason}"
+            _ungroup(root, applied, candidates, rows, verify)
+    for candidate in candidates:
+        if candidate.reason is not None:
+            rows[candidate.module] = Row(candidate.name, candidate.kind, reason=candidate.reason)
+    order = {module: index for index, module in enumerate(root.modules())}
+    return Report([rows[m] for m in sorted(rows, key=lambda m: order[m])], True, plan.note)
+
+
+def _observe(root: nn.Module, watched: list[Candidate], example_inputs: Any) -> tuple[Any, str | None]:
+    """((observation, call) or None, and why there is none)."""
+    try:
+        target, args, kwargs = example_call(root, example_inputs)
+        return (observe([c.module for c in watched], target, args, kwargs), (target, args, kwargs)), None
+    except NoInput as why:
+        return None, f"no groups were looked for: {why}; pass example_inputs="
+    except Exception as error:  # whatever the model's own code raises: it is not ours to judge
+        return None, f"no groups were looked for: a trial forward failed with {type(error).__name__}: {error}"
+
+
+def _build_group(root: nn.Module, plan: GroupPlan, form: str, verify: bool) -> tuple[Group | None, str | None]:
+    """The group with its weights laid out and its members' forwards set; (None, why) if it must not be used."""
+    members: list[LoraForward | PlainForward] = []
+    for candidate in plan.members:
+        if candidate.reading is None:
+            members.append(PlainForward(candidate.module))  # type: ignore[arg-type]
+        else:
+            members.append(LoraForward(candidate.module, candidate.reading, candidate.library == "fastpeft"))
+    group = Group(members, [_home(root, candidate) for candidate in plan.members])
+    group.form = form
+    if plan.one_product != "never":
+        bases: list[Any] = [m.reading.base if isinstance(m, LoraForward) else m.module for m in members]
+        group.stack = Stack([base.weight for base in bases])
+        if bases[0].bias is not None:
+            group.bias_stack = Stack([base.bias for base in bases])
+        group.one_product = plan.one_product
+    reason = verify_group(group) if verify else None
+    if reason is not None:
+        _dissolve(group)
+        return None, reason
+    for member in members:
+        member.module.__dict__["forward"] = member
+    return group, None
+
+
+def _apply_alone(candidate: Candidate, verify: bool) -> Row:
+    assert candidate.reading is not None
+    if candidate.library == "fastpeft":
+        return Row(candidate.name, candidate.kind, "lora_linear", "the layer's own forward")
+    member = LoraForward(candidate.module, candidate.reading, native=False)
+    reason = verify_alone(member) if verify else None
+    if reason is not None:
+        return Row(candidate.name, candidate.kind, reason=f"its replacement does not agree: {reason}")
+    candidate.module.__dict__["forward"] = member
+    return Row(candidate.name, candidate.kind, "lora_linear", "one operator call")
+
+
+def _check_model(seen: Any, groups: list[Group]) -> str | None:
+    """Run the observed forward on the patched model: does its code bear the outputs, and is the result the same?
+
+    The outputs are given the strides of column blocks, which is what one product of stacked weights returns.
+    """
+    observation, (target, args, kwargs) = seen
+    for group in groups:
+        group.layout_probe = group.stack is not None
+    try:
+        again = observe([], target, args, kwargs)
+    except Exception as error:
+        return f"the patched model's forward fails with {type(error).__name__}: {error}"
+    finally:
+        for group in groups:
+            group.layout_probe = False
+    return _differ(observation, again)
+
+
+def _differ(first: Observation, second: Observation) -> str | None:
+    if len(first.result) != len(second.result):
+        return "the patched model returns something else"
+    for a, b in zip(first.result, second.result):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return "the patched model returns other shapes or dtypes"
+        # Each replacement has been compared strictly; this is to catch a structure misread, whose error is of order 1.
+        limit = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+        error = _relative(a, b)
+        if not error <= limit:
+            return f"the patched model's output differs by {error:.1e}"
+    return None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    a, b = a.double()[finite], b.double()[finite]
+    return ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
+
+
+def _ungroup(
+    root: nn.Module, groups: list[Group], candidates: list[Candidate], rows: dict[nn.Module, Row], verify: bool
+) -> None:
+    """Take all groups off; their layers stand alone."""
+    by_module = {c.module: c for c in candidates}
+    members = {m.module: m for group in groups for m in group.members}
+    for module, forward in list(_forwards(root)):
+        if isinstance(forward, ParentForward) or module in members:
+            forward.active = False
+            _take_off(module, forward)
+    for group in groups:
+        _dissolve(group)
+    for module in members:
+        rows.pop(module, None)
+        if module in by_module:
+            rows[module] = _apply_alone(by_module[module], verify)
+
+
+def _group_row(candidate: Candidate, plan: GroupPlan, group: Group) -> Row:
+    names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
+    form = {
+        "never": "adapters stacked, a base product each",
+        "always": "one product of stacked weights, adapters stacked",
+        "free": "one product of stacked weights without a backward, a base product each in training; adapters stacked",
+    }[group.one_product]
+    return Row(candidate.name, candidate.kind, f"lora_linear_group of {names}", f"{form}: {plan.why}")
+
+
+def _dissolve(group: Group) -> None:
+    for stack in (group.stack, group.bias_stack):
+        if stack is not None:
+            stack.release()
+    group.stack = group.bias_stack = None
+    group.one_product = "never"
+
+
+def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
+    """Every forward of ours on the model: on top, or under a wrapper of accelerate's."""
+    for module in model.modules():
+        for key in ("forward", "_old_forward"):
+            forward = module.__dict__.get(key)
+            if isinstance(forward, Forward):
+                yield module, forward
+
+
+def _take_off(module: nn.Module, forward: Forward) -> None:
+    """Put back what `forward` stood in place of. Under another library's wrapper it stays, passing every call on."""
+    if module.__dict__.get("forward") is forward:
+        if forward.previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = forward.previous
+    if module.__dict__.get("_old_forward") is forward:
+        module.__dict__["_old_forward"] = forward.__wrapped__
+
+
+def _home(root: nn.Module, candidate: Candidate) -> tuple[nn.Module, str]:
+    parent, _, key = candidate.name.rpartition(".")
+    return root.get_submodule(parent), key
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _fingerprint(root: nn.Module, options: Any) -> Any:
+    """Changes when modules, adapters or options do."""
+    layers = []
+    module: Any
+    for module in root.modules():
+        if is_tuner_layer(module):
+            names = sorted(name for key in ("lora_A", "lora_embedding_A") for name in getattr(module, key, {}))
+            base, active = module._modules["base_layer"], list(module.active_adapters)
+            layers.append((id(module), id(base), active, names, bool(module.merged_adapters)))
+    return (options, layers, len(list(_forwards(root))))

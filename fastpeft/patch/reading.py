@@ -1,0 +1,200 @@
+"""What a LoRA linear layer is made of right now, and whether that still holds at the next call.
+
+The layers of fastpeft and of peft keep their state in the same attributes, so one reader serves both. `read_lora` looks
+at everything once and refuses, with a reason, what the operators do not compute. A `Reading` then answers the question
+of the hot path, "is it all still so?", with a few dictionary look-ups: adapters may be switched, merged, disabled or
+deleted, hooks registered and weights replaced at any moment, and the layer's own forward must take over at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..ops.products import MAX_RANK
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unsupported(Exception):
+    """A module that stays as it is; the message is the reason shown in the report."""
+
+
+class Operands(NamedTuple):
+    """The tensors of one projection at one call; A and B are None for a projection without an adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    scaling: float
+    p: float
+
+
+def lora_library(module: nn.Module) -> str | None:
+    """ "fastpeft" or "peft" if `module` is that library's LoRA linear layer with its own forward, else None."""
+    for library, name in (("fastpeft", "fastpeft.layers.linear"), ("peft", "peft.tuners.lora.layer")):
+        cls = getattr(sys.modules.get(name), "Linear", None)
+        if cls is None or not isinstance(module, cls):
+            continue
+        if library == "fastpeft" or type(module) is cls:
+            return library if type(module).forward is cls.forward else None
+    return None
+
+
+def is_tuner_layer(module: nn.Module) -> bool:
+    """True for any module of either library that holds adapters around a base layer."""
+    return isinstance(getattr(type(module), "adapter_layer_names", None), tuple) and "base_layer" in module._modules
+
+
+class Reading:
+    """One LoRA linear layer with one active, plain, unmerged adapter."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        modules = module._modules
+        self.module, self.name = module, name
+        active = module._active_adapter
+        self.active = list(active) if isinstance(active, list) else active
+        self.base = modules["base_layer"]
+        self._A_of, self._B_of = modules["lora_A"]._modules, modules["lora_B"]._modules
+        self._dropout_of = modules["lora_dropout"]._modules
+        self.A, self.B, self.dropout = self._A_of[name], self._B_of[name], self._dropout_of[name]
+        self.scaling: dict[str, float] = module.scaling
+        self._hooks = tuple(hooks_of((self.base, self.A, self.B, self.dropout)))
+
+    def holds(self) -> bool:
+        """The layer still has the parts and the active adapter that were read."""
+        state, name = self.module.__dict__, self.name
+        return (
+            state["_active_adapter"] == self.active
+            and state["_modules"]["base_layer"] is self.base
+            and self._A_of.get(name) is self.A
+            and self._B_of.get(name) is self.B
+            and self._dropout_of.get(name) is self.dropout
+        )
+
+    def free(self) -> bool:
+        """Nothing asks for the layer's own forward at the moment: not merged, not disabled, no hooks inside."""
+        state = self.module.__dict__
+        return not (
+            state["_disable_adapters"]
+            or state["merged_adapters"]
+            or not state.get("cast_input_dtype_enabled", True)
+            or any(self._hooks)
+            or "forward" in self.base.__dict__
+        )
+
+    def operands(self) -> Operands | None:
+        """The tensors as they are now; None if a weight is not an ordinary tensor any more."""
+        base = self.base._parameters
+        weight, dropout = base.get("weight"), self.dropout
+        A, B = self.A._parameters.get("weight"), self.B._parameters.get("weight")
+        if weight is None or A is None or B is None:
+            return None
+        p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        if p >= 1.0:
+            return None
+        return Operands(weight, base.get("bias"), A, B, float(self.scaling[self.name]), p)
+
+
+def read_lora(module: Any, ours: Any = None) -> Reading:
+    """Read a layer that `lora_library` knows. Raises Unsupported, with the reason, if it must be left as it is.
+
+    ours: the forward that this package has put on the module, when it is read again after a change.
+    """
+    if ours is None or module.__dict__.get("forward") is not ours:
+        _own_forward(module)
+    state = module.__dict__
+    if state.get("merged_adapters"):
+        raise Unsupported("merged into the base weight; unmerge, then patch again")
+    active = module.active_adapters
+    names = [name for name in active if name in module.lora_A]
+    if len(names) != 1:
+        raise Unsupported(f"{len(names)} active adapters ({', '.join(names)})" if names else "no active adapter")
+    name = names[0]
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None:
+        raise Unsupported(f"the adapter is not a plain LoRA but {type(variant).__name__}")
+    base = check_base(module._modules["base_layer"])
+    if not {"lora_A", "lora_B", "lora_dropout"} <= module._modules.keys() or "_disable_adapters" not in state:
+        raise Unsupported("the layer does not keep its adapters where LoRA layers do")
+    reading = Reading(module, name)
+    for part, label in ((reading.A, "lora_A"), (reading.B, "lora_B")):
+        if type(part) is not nn.Linear:
+            raise Unsupported(f"{label} is a {type(part).__name__}, not an nn.Linear")
+        _own_forward(part, label)
+        check_tensor(part._parameters.get("weight"), f"{label}.weight")
+    if type(reading.dropout) not in (nn.Dropout, nn.Identity):
+        raise Unsupported(f"lora_dropout is a {type(reading.dropout).__name__}")
+    if isinstance(reading.dropout, nn.Dropout) and reading.dropout.p >= 1.0:
+        raise Unsupported("lora_dropout is 1: the adapter never sees its input")
+    if reading.B._parameters.get("bias") is not None:
+        raise Unsupported("lora_bias: the adapter has a bias of its own")
+    A, B = reading.A._parameters["weight"], reading.B._parameters["weight"]
+    if A.dtype != B.dtype or A.device != base.weight.device or B.device != base.weight.device:
+        raise Unsupported("lora_A, lora_B and the base weight differ in dtype or device")
+    if A.shape[0] > MAX_RANK:
+        raise Unsupported(f"rank {A.shape[0]} is above {MAX_RANK}")
+    if not isinstance(reading.scaling[name], int | float):
+        raise Unsupported(f"its scaling is a {type(reading.scaling[name]).__name__}, not a number")
+    if any(hooks_of((base, reading.A, reading.B, reading.dropout))):
+        raise Unsupported("other code has registered hooks inside the layer")
+    return reading
+
+
+def check_base(base: Any) -> nn.Linear:
+    """The base layer, if it is an ordinary dense nn.Linear held whole on one device. Raises Unsupported otherwise."""
+    if type(base) is not nn.Linear:
+        raise Unsupported(_why_not_linear(base))
+    _own_forward(base, "the base layer")
+    check_tensor(base._parameters.get("weight"), "the base weight")
+    if base._parameters.get("bias") is not None:
+        check_tensor(base._parameters["bias"], "the base bias")
+    return base
+
+
+def check_tensor(tensor: Any, label: str) -> None:
+    """Raises Unsupported unless `tensor` is an ordinary, dense, floating parameter with storage."""
+    if tensor is None:
+        raise Unsupported(f"{label} is not a parameter of its module (flattened or offloaded)")
+    if type(tensor) not in (Parameter, Tensor):
+        raise Unsupported(f"{label} is a {type(tensor).__name__} (sharded or quantised)")
+    if hasattr(tensor, "ds_id"):
+        raise Unsupported(f"{label} is partitioned by DeepSpeed")
+    if tensor.is_meta:
+        raise Unsupported(f"{label} is on the meta device (offloaded)")
+    if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+        raise Unsupported(f"{label} is {str(tensor.dtype).removeprefix('torch.')}, not a dense floating tensor")
+
+
+def hooks_of(modules: Iterable[nn.Module | None]) -> Iterable[dict[int, Any]]:
+    """The hook dictionaries of some modules: the objects themselves, so that their emptiness can be asked again."""
+    for module in modules:
+        for name in _HOOKS:
+            hooks = getattr(module, name, None)
+            if hooks is not None:
+                yield hooks
+
+
+def _own_forward(module: Any, label: str = "the layer") -> None:
+    if "_hf_hook" in module.__dict__:
+        raise Unsupported(f"accelerate moves {label} between devices ({type(module._hf_hook).__name__})")
+    if "forward" in module.__dict__:
+        raise Unsupported(f"other code has replaced the forward of {label}")
+
+
+def _why_not_linear(base: Any) -> str:
+    name = type(base).__name__
+    if name == "Conv1D":
+        return "the base layer is a Conv1D (its weight is transposed)"
+    if is_tuner_layer(base):
+        return f"the base layer is itself an adapter layer ({name})"
+    if hasattr(base, "quant_state") or "bitsandbytes" in type(base).__module__ or hasattr(base, "qweight"):
+        return f"the base layer is quantised ({name})"
+    return f"the base layer is a {name}, not an nn.Linear"

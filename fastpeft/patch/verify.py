@@ -1,0 +1,171 @@
+"""A planned replacement against the modules it replaces: once, on random numbers, forward and backward.
+
+Both sides are compared with the same formula in float64. Ours may err at most twice as much as the original does: the
+original's error is what this dtype can do. The adapter's weights are random for the comparison (a fresh B is zero and
+would hide everything) and dropout is off; the parameters, flags and the random state are as before afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .group import Group, LoraForward, PlainForward
+from .reading import Operands
+
+ROWS = 33  # odd, and more than a tile
+FACTOR = 2.0
+
+Member = LoraForward | PlainForward
+
+
+def verify_alone(member: LoraForward) -> str | None:
+    """Why this layer's replacement may not be used, or None if it agrees."""
+    return _verify([member], lambda x: _none_if_refused(member.alone(x)))
+
+
+def verify_group(group: Group) -> str | None:
+    """Why this group may not be used, or None if it agrees: with its base weights apart and, if stacked, together."""
+    wanted = group.one_product
+    try:
+        for one_product in ("never", "always") if group.stack is not None else ("never",):
+            group.one_product = one_product
+            reason = _verify(group.members, group.compute)
+            if reason is not None:
+                return reason
+    finally:
+        group.one_product = wanted
+    return None
+
+
+def _none_if_refused(y: Tensor | None) -> tuple[Tensor, ...] | None:
+    return None if y is None else (y,)
+
+
+def _verify(members: Sequence[Member], replacement: Callable[[Tensor], Sequence[Tensor] | None]) -> str | None:
+    module: Any = members[0].module
+    device = module.weight.device.type
+    with _comparable(members), torch.autocast(device, enabled=False):
+        operands = [member.operands() for member in members]
+        if any(found is None for found in operands):
+            return "the layer could not be read"
+        return _compare(members, [found for found in operands if found is not None], replacement)
+
+
+def _compare(
+    members: Sequence[Member], operands: list[Operands], replacement: Callable[[Tensor], Sequence[Tensor] | None]
+) -> str | None:
+    weight = operands[0].weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    dtype, device = weight.dtype, weight.device
+    x = torch.randn(1, ROWS, weight.shape[1], generator=generator, dtype=dtype, device=device)
+    dys = [torch.randn(1, ROWS, o.weight.shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
+    adapters = [t for o in operands for t in (o.A, o.B) if t is not None]
+    try:
+        theirs = _run(x, dys, adapters, lambda x: [member.original(x) for member in members])
+        ours = _run(x, dys, adapters, replacement)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return f"it failed when tried: {type(error).__name__}: {error}"
+    if ours is None or theirs is None:
+        return "its conditions do not hold"
+    exact = _exact(x, dys, operands)
+    names = ["output"] * len(members) + ["gradient of the input"] + ["gradient of an adapter weight"] * len(adapters)
+    for name, mine, other, truth in zip(names, ours, theirs, exact):
+        if mine.dtype != other.dtype or mine.shape != other.shape:
+            return f"{name}: {mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
+        error, theirs_error = _distance(mine, truth), _distance(other, truth)
+        floor = torch.finfo(other.dtype).eps / 4
+        if not error <= max(FACTOR * theirs_error, floor):
+            return f"{name}: relative error {error:.1e} against float64, the original's is {theirs_error:.1e}"
+    return None
+
+
+def _run(
+    x: Tensor, dys: list[Tensor], adapters: list[Tensor], f: Callable[[Tensor], Sequence[Tensor] | None]
+) -> list[Tensor] | None:
+    """Outputs, then the gradients of x and of the adapters."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        outs = f(x)
+        if outs is None:
+            return None
+        gradients = torch.autograd.grad(list(outs), [x, *adapters], dys)
+    return [*(y.detach() for y in outs), *gradients]
+
+
+def _exact(x: Tensor, dys: list[Tensor], operands: list[Operands]) -> list[Tensor]:
+    """The same in float64, one member at a time, by the formulas written out."""
+    x64 = x.double()
+    outs, dx, d_adapters = [], torch.zeros_like(x64), []
+    for o, dy in zip(operands, dys):
+        W, dy64 = o.weight.detach().double(), dy.double()
+        y = x64 @ W.T if o.bias is None else x64 @ W.T + o.bias.detach().double()
+        dx += dy64 @ W
+        if o.A is not None and o.B is not None:
+            A, B = o.A.detach().double(), o.B.detach().double()
+            s = x64 @ A.T * o.scaling
+            ds = dy64 @ B * o.scaling
+            y = y + s @ B.T
+            dx += ds @ A
+            d_adapters += [(ds.mT @ x64).sum(0), (dy64.mT @ s).sum(0)]
+        outs.append(y)
+    return [*outs, dx, *d_adapters]
+
+
+def _distance(value: Tensor, truth: Tensor) -> float:
+    """Relative root-mean-square error; infinite where there is a NaN."""
+    error = ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+    return error if error == error else float("inf")
+
+
+@contextlib.contextmanager
+def _comparable(members: Sequence[Member]) -> Iterator[None]:
+    """Adapters on, dropout off, A and B random and trainable; put back whatever happens."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for member in members:
+            if isinstance(member, LoraForward):
+                _prepare(member, undo)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
+    reading, state = member.reading, member.module.__dict__
+
+    def restore_disabled(before: bool = state["_disable_adapters"]) -> None:
+        state["_disable_adapters"] = before
+
+    def restore_training(module: nn.Module, before: bool) -> None:
+        module.training = before
+
+    undo.append(restore_disabled)
+    state["_disable_adapters"] = False
+    for part in (reading.A, reading.B):
+        assert part is not None
+        _replace(part, undo)
+    dropout = reading.dropout
+    assert dropout is not None
+    undo.append(lambda: restore_training(dropout, before))
+    before, dropout.training = dropout.training, False
+
+
+def _replace(part: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """A random trainable weight in place of the module's own."""
+    weight = part._parameters["weight"]
+    assert weight is not None
+    generator = torch.Generator(weight.device).manual_seed(weight.shape[0])
+    noise = torch.randn(weight.shape, generator=generator, device=weight.device) / weight.shape[1] ** 0.5
+
+    def restore() -> None:
+        part._parameters["weight"] = weight
+
+    undo.append(restore)
+    part._parameters["weight"] = Parameter(noise.to(weight.dtype))
