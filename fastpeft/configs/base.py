@@ -122,8 +122,8 @@ class PeftConfigMixin(Bridged):
             )
         warnings.warn(
             f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
-            "means that the configuration file was saved by a later version of PEFT with options that fastpeft does not "
-            "have. Upgrade fastpeft, or check that the options do not matter to this adapter.",
+            "means that the configuration file was saved by a later version of PEFT with options that fastpeft does "
+            "not have. Upgrade fastpeft, or check that the options do not matter to this adapter.",
             stacklevel=2,
         )
         return target(**{key: value for key, value in kwargs.items() if key in known})
