@@ -1,0 +1,222 @@
+"""`fastpeft bench`: training steps timed against another implementation of the same adapter."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import fastpeft
+from fastpeft.cli.console import console, number, quiet_libraries, size, warn
+from fastpeft.cli.contenders import BenchOptions, Runner, real_peft
+from fastpeft.cli.errors import CommandError
+from fastpeft.cli.files import write_json
+from fastpeft.measure import Contender, interleave
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Measure, show, and write bench.json and bench.png into `options.out`; returns what bench.json holds.
+
+    Raises:
+        CommandError: a model, a device or the baseline is not there.
+    """
+    quiet_libraries()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = ["fastpeft"] + ([] if options.baseline == "none" else [options.baseline])
+    if "peft" in names:
+        real_peft()
+    memory = {}
+    for name in names:
+        with console.status(f"peak memory of {name}, in a process of its own"):
+            memory[name] = _memory_elsewhere(name, options)
+    with console.status("building the models"):
+        runners = [Runner(name, options) for name in names]
+    saved = {runner.name: runner.saved_bytes() for runner in runners}
+    with Progress(
+        TextColumn("[bold]bench[/bold]"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=options.warmup + options.steps)
+        times = interleave(
+            [Contender(runner.name, runner.step) for runner in runners],
+            steps=options.steps,
+            warmup=options.warmup,
+            device=runners[0].device,
+            on_round=lambda done: bar.update(task, completed=done),
+        )
+
+    tokens = options.batch * options.seq
+    results = []
+    for name in names:
+        timed = times[name]
+        results.append(
+            {
+                "name": name,
+                "step_seconds_median": timed.median,
+                "step_seconds_iqr": timed.spread,
+                "step_seconds": timed.seconds,
+                "tokens_per_second": tokens / timed.median,
+                "saved_activation_bytes": saved[name],
+                "saved_activation_bytes_per_token": saved[name] / tokens,
+                "memory_before_bytes": memory[name]["start"],
+                "peak_memory_bytes": memory[name]["peak"],
+                "peak_memory_growth_bytes": memory[name]["growth"],
+                "peak_memory_method": memory[name]["method"],
+                "losses": [float(loss) for loss in timed.returned],
+            }
+        )
+    report = _report(options, runners[0], results, times)
+    _show(report)
+    write_json(options.out / "bench.json", report)
+    _draw(options, report)
+    return report
+
+
+def _memory_elsewhere(name: str, options: BenchOptions) -> dict[str, Any]:
+    command = [sys.executable, "-m", "fastpeft.cli.contenders", json.dumps(options.as_json()), name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        raise CommandError(f"{name} cannot run this benchmark: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _report(options: BenchOptions, runner: Runner, results: list[dict[str, Any]], times: Any) -> dict[str, Any]:
+    import transformers
+
+    config = runner.model.config.get_text_config()
+    cuda = runner.device.type == "cuda"
+    report: dict[str, Any] = {
+        "model": options.model or str(options.config),
+        "parameters": sum(p.numel() for p in runner.model.parameters() if not p.requires_grad),
+        "trainable": sum(p.numel() for p in runner.model.parameters() if p.requires_grad),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "device": torch.cuda.get_device_name(runner.device) if cuda else str(runner.device),
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "threads": None if cuda else torch.get_num_threads(),
+        "versions": {
+            "fastpeft": fastpeft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "options": options.as_json(),
+        "patched": str(fastpeft.report(runner.model)),
+        "contenders": results,
+    }
+    if len(results) == 2:
+        ours, theirs = results
+        differences = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"])]
+        report["comparison"] = {
+            "baseline": theirs["name"],
+            "speedup": times[ours["name"]].speedup_over(times[theirs["name"]]),
+            "saved_activation_ratio": _ratio(ours["saved_activation_bytes"], theirs["saved_activation_bytes"]),
+            "peak_memory_growth_ratio": _ratio(ours["peak_memory_growth_bytes"], theirs["peak_memory_growth_bytes"]),
+            "loss_differences": differences,
+            "max_loss_difference": max(differences),
+        }
+    if theirs_version := _peft_version(results):
+        report["versions"]["peft"] = theirs_version
+    return report
+
+
+def _peft_version(results: list[dict[str, Any]]) -> str | None:
+    return real_peft().__version__ if any(result["name"] == "peft" for result in results) else None
+
+
+def _ratio(ours: float, theirs: float) -> float | None:
+    return ours / theirs if theirs else None
+
+
+def _show(report: dict[str, Any]) -> None:
+    options, results = report["options"], report["contenders"]
+    dropout = f", dropout {options['dropout']:g}" if options["dropout"] else ""
+    weights = number(report["parameters"])
+    threads = f" × {report['threads']} threads" if report["threads"] else ""
+    table = Table(
+        box=box.ROUNDED,
+        border_style="faint",
+        title=f"[bold]{report['model']}[/bold]  [faint]{report['layers']} layers, {weights} parameters",
+        caption=f"LoRA r={options['r']} on {options['target_modules']}{dropout}, "
+        f"{options['batch']} × {options['seq']} tokens, {report['dtype']}, "
+        f"{report['device']}{threads}; medians of {options['steps']} interleaved steps",
+    )
+    table.add_column()
+    for index, result in enumerate(results):
+        table.add_column(result["name"], justify="right", style="bold" if index == 0 else "")
+    both = report.get("comparison")
+    if both:
+        table.add_column("", justify="right")
+
+    def row(label: str, cells: list[str], verdict: Text | str = "") -> None:
+        table.add_row(label, *cells, *([verdict] if both else []))
+
+    row(
+        "step",
+        [f"{1e3 * r['step_seconds_median']:.1f} ms" for r in results],
+        _verdict(both["speedup"]) if both else "",
+    )
+    row("  middle half within", [f"± {500 * r['step_seconds_iqr']:.1f} ms" for r in results])
+    row("tokens per second", [f"{r['tokens_per_second']:,.0f}" for r in results])
+    row(
+        "saved activations",
+        [size(r["saved_activation_bytes"]) for r in results],
+        _less(both["saved_activation_ratio"]) if both else "",
+    )
+    row("  a token", [size(r["saved_activation_bytes_per_token"]) for r in results])
+    row(
+        "peak memory, growth",
+        [size(r["peak_memory_growth_bytes"]) for r in results],
+        _less(both["peak_memory_growth_ratio"]) if both else "",
+    )
+    row("peak memory, all", [size(r["peak_memory_bytes"]) for r in results])
+    row("loss, first step", [f"{r['losses'][0]:.4f}" for r in results])
+    row(
+        "loss, last step",
+        [f"{r['losses'][-1]:.4f}" for r in results],
+        f"|Δ| ≤ {both['max_loss_difference']:.1e}" if both else "",
+    )
+    console.print(table)
+    if both and options["dropout"]:
+        console.print("The two draw different dropout masks, so their losses differ.", style="faint")
+
+
+def _verdict(factor: float) -> Text:
+    return Text(f"{factor:.2f}× faster", "good") if factor >= 1 else Text(f"{1 / factor:.2f}× slower", "bad")
+
+
+def _less(ratio: float | None) -> Text | str:
+    if ratio is None:
+        return ""
+    change = f"{100 * abs(1 - ratio):.0f}% {'less' if ratio <= 1 else 'more'}"
+    return Text(change, "good" if ratio <= 1 else "bad")
+
+
+def _draw(options: BenchOptions, report: dict[str, Any]) -> None:
+    from fastpeft.cli.plots import comparison
+
+    title = (
+        f"{report['model']}, {report['layers']} layers, batch {options.batch} × {options.seq}, {report['dtype']}, "
+        f"r={options.r}, dropout {options.dropout:g}, {report['device']}"
+    )
+    written = str(options.out / "bench.json")
+    if comparison(options.out / "bench.png", report["contenders"], title):
+        written += f", {options.out / 'bench.png'}"
+    else:
+        warn("no chart drawn: matplotlib is not installed (pip install matplotlib)")
+    console.print(f"[faint]written to[/faint] {written}")

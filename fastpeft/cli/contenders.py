@@ -1,0 +1,190 @@
+"""The models that `fastpeft bench` compares, and one training step of each.
+
+Run as a program (`python -m fastpeft.cli.contenders OPTIONS NAME`) it measures one contender's memory in a process of
+its own, where nothing another contender left in the heap is counted, and prints JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastpeft
+from fastpeft.cli.errors import CommandError
+from fastpeft.cli.models import load_model, pick_device, pick_dtype, shape_config, target_modules
+from fastpeft.measure import PeakMemory, SavedActivations
+
+_MEMORY_STEPS = 3  # the optimizer's state exists from the second on
+
+
+@dataclass
+class BenchOptions:
+    """The options of `fastpeft bench`, by the names they have there."""
+
+    model: str | None = None
+    config: Path | None = None
+    baseline: str = "peft"
+    out: Path = Path("fastpeft-bench")
+    layers: int | None = None
+    batch: int = 2
+    seq: int = 256
+    r: int = 16
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    steps: int = 20
+    warmup: int = 3
+    lr: float = 1e-3
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    gradient_checkpointing: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Every option in JSON's types."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> BenchOptions:
+        """The inverse of `as_json`."""
+        options = BenchOptions(**fields)
+        options.out = Path(options.out)
+        options.config = Path(options.config) if options.config is not None else None
+        return options
+
+
+class Runner:
+    """One contender: a model with a freshly drawn adapter, its optimizer, and `step(i)`.
+
+    Every contender draws the same weights, adapter and batches from the same seeds.
+    """
+
+    def __init__(self, name: str, options: BenchOptions) -> None:
+        self.name = name
+        self.options = options
+        self.device = pick_device(options.device)
+        self.dtype = pick_dtype(options.dtype, self.device)
+        self.model = self._adapted(self._base())
+        self.model.train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0, fused=fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.vocab = self.model.get_input_embeddings().weight.shape[0]
+
+    def _base(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options = self.options
+        config, weights = shape_config(options.model, options.config, options.layers)
+        torch.manual_seed(options.seed)
+        if weights:
+            model = load_model(str(options.model), self.dtype, config=config)
+        else:
+            # Drawn in float32 whatever the dtype: the same weights for every one.
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(self.dtype)
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.to(self.device)
+
+    def _adapted(self, model: Any) -> Any:
+        options = self.options
+        fields: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "r": options.r,
+            "lora_alpha": 2 * options.r,
+            "lora_dropout": options.dropout,
+            "target_modules": target_modules(options.target_modules),
+        }
+        torch.manual_seed(options.seed)
+        if self.name == "peft":
+            peft = real_peft()
+            return peft.get_peft_model(model, peft.LoraConfig(**fields))
+        model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(**fields))
+        if self.name == "fastpeft":
+            fastpeft.patch(model)
+        return model
+
+    @contextlib.contextmanager
+    def _backend(self) -> Iterator[None]:
+        with fastpeft.backend("reference") if self.name == "eager" else contextlib.nullcontext():
+            yield
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss(self, index: int) -> torch.Tensor:
+        """Forward of step `index`: the loss on its batch of random tokens."""
+        options = self.options
+        generator = torch.Generator().manual_seed(options.seed + index)
+        ids = torch.randint(self.vocab, (options.batch, options.seq), generator=generator).to(self.device)
+        torch.manual_seed(options.seed + index)  # the dropout of a step does not depend on who ran before
+        with self._backend(), self._autocast():
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step(self, index: int) -> torch.Tensor:
+        """Forward, backward and optimizer step; the loss, not yet read from the device."""
+        loss = self.loss(index)
+        with self._backend():
+            self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def saved_bytes(self) -> int:
+        """Bytes that one forward keeps for its backward, parameters and buffers excluded."""
+        with SavedActivations(self.model) as saved:
+            loss = self.loss(0)
+        count = saved.bytes
+        del loss
+        return count
+
+
+def real_peft() -> Any:
+    """The peft package itself.
+
+    Raises:
+        CommandError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise CommandError("--baseline peft needs peft (pip install peft); or compare with --baseline eager") from None
+    if getattr(peft, "__fastpeft__", False):
+        raise CommandError("--baseline peft needs the real peft, but `import peft` means fastpeft in this process")
+    return peft
+
+
+def measure_memory(name: str, options: BenchOptions) -> dict[str, Any]:
+    """Peak memory of a few training steps in this process: held before them, at the peak, and how it was measured."""
+    runner = Runner(name, options)
+    gc.collect()
+    with PeakMemory(runner.device) as peak:
+        for index in range(_MEMORY_STEPS):
+            runner.step(index)
+    return {"start": peak.start, "peak": peak.bytes, "growth": peak.growth, "method": peak.method}
+
+
+def _main(arguments: list[str]) -> None:
+    from fastpeft.cli.console import quiet_libraries
+
+    quiet_libraries()
+    options = BenchOptions.from_json(json.loads(arguments[0]))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(json.dumps(measure_memory(arguments[1], options)))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
