@@ -154,8 +154,8 @@ class MultiheadAttention(LoraLayer, nn.Module):
             output, weights = self.base_layer(query, *args, **kwargs)
         return output.to(query.dtype), None if weights is None else weights.to(query.dtype)
 
-    # What others read from an attention module is the base's, but for the weights: in inference nn.TransformerEncoderLayer
-    # takes them into a fused operator of its own, without calling the module.
+    # What others read from an attention module is the base's, but for the weights: in inference
+    # nn.TransformerEncoderLayer takes them into a fused operator of its own, without calling the module.
 
     def __getattr__(self, name: str) -> Any:
         try:

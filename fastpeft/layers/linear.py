@@ -65,10 +65,11 @@ class Linear(LoraLayer, nn.Module):
                 dropout = modules["lora_dropout"]._modules[name]
                 scaling, p = self.scaling[name], _probability(dropout)
                 if type(A) is type(B) is nn.Linear and type(scaling) in _NUMBERS and _bare(A) and _bare(B) and p < 1.0:
-                    own = base._parameters
+                    own: Any = base._parameters
                     weight = own.get("weight")
                     if weight is not None and B._parameters["bias"] is None and self.r[name] <= MAX_RANK:
-                        a, b = A._parameters["weight"], B._parameters["weight"]
+                        a: Any = A._parameters["weight"]
+                        b: Any = B._parameters["weight"]
                         if self.cast_input_dtype_enabled or x.dtype == a.dtype:
                             if type(base) is not nn.Linear and self.is_target_conv_1d_layer:
                                 weight = weight.t()
