@@ -18,12 +18,6 @@ from ..configs import PeftConfig
 from ..layers import BaseTunerLayer, LoraLayer
 
 
-def infer_device() -> str:
-    """The type of the accelerator that torch would use here, "cpu" without one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
-
-
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """Whether a local directory or hub id holds an adapter: whether its config can be read."""
     try:

@@ -186,11 +186,13 @@ HOMES: dict[str, str] = {
     "fastpeft.configs": f"{_CONFIGS} {_TYPES} PeftConfig PeftConfigMixin",
     "fastpeft.configs.base": "__version__",
     "fastpeft.errors": f"{_ERRORS} PeftWarning",
-    "fastpeft.interop.helpers": f"""{_PROBES} infer_device check_if_peft_model rescale_adapter_scale
-        disable_input_dtype_casting fsdp_auto_wrap_policy""",
+    "fastpeft.interop.helpers": f"""{_PROBES} check_if_peft_model rescale_adapter_scale disable_input_dtype_casting
+        fsdp_auto_wrap_policy""",
     "fastpeft.interop.transformers_weights": "build_peft_weight_mapping",
     "fastpeft.kbit": "prepare_model_for_kbit_training",
-    "fastpeft.layers": f"BaseTunerLayer {_LAYERS} AuxiliaryTrainingWrapper ModulesToSaveWrapper",
+    "fastpeft.layers": """BaseTunerLayer LoraLayer LoraVariant Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention
+        ParamWrapper AuxiliaryTrainingWrapper ModulesToSaveWrapper check_adapters_to_merge""",
+    "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
     "fastpeft.state_dict": _STATE,
@@ -198,6 +200,17 @@ HOMES: dict[str, str] = {
     "fastpeft.storage": "load_peft_weights",
     "fastpeft.tasks": _TASKS,
     "fastpeft.tuner": "BaseTuner LoraModel",
+    "fastpeft.tuner.constants": """CONFIG_NAME WEIGHTS_NAME SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME
+        EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR DUMMY_TARGET_MODULES
+        DUMMY_MODEL_CONFIG MIN_TARGET_MODULES_FOR_OPTIMIZATION
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=LORA_TARGET_MODULES""",
+    "fastpeft.tuner.conversion": "convert_peft_config_for_transformers=convert_config_for_transformers",
+    "fastpeft.tuner.functional": "set_adapter set_requires_grad delete_adapter cast_adapter_dtype UPCAST_DTYPES",
+    "fastpeft.tuner.offload": "onload_layer=onload",
+    "fastpeft.tuner.targets": """check_target_module_exists inspect_matched_modules
+        _find_minimal_target_modules=find_minimal_target_modules
+        _maybe_include_all_linear_layers=include_all_linear_layers""",
+    "fastpeft.tuner.walk": "infer_device",
 }
 
 
