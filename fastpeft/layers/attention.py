@@ -41,6 +41,8 @@ class MultiheadAttention(LoraLayer, nn.Module):
             raise ValueError(f"Only same embed for query/key/value is supported as of now for {type(self).__name__}.")
         if not isinstance(base_layer.out_proj, nn.Linear):
             raise TypeError(f"out_proj must be an instance of nn.Linear for {type(self).__name__}.")
+        if config.use_dora:
+            raise ValueError(f"{type(self).__name__} does not support DoRA (yet), please set use_dora to False")
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         # PEFT makes the inner layer's factors twice, here and in update_layer; the random numbers must be the same.

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastpeft.configs import LoraConfig
+from fastpeft.layers.dora import DoraConv
 from fastpeft.layers.lora import LoraLayer, low_rank_product
+from fastpeft.layers.variants import LoraVariant
 
 
 class _ConvNd(LoraLayer, nn.Module):
@@ -18,6 +20,7 @@ class _ConvNd(LoraLayer, nn.Module):
     PEFT, A pads with zeros whatever the base's padding mode.
     """
 
+    lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {"use_dora": DoraConv}
     _conv: ClassVar[type[nn.Module]]  # the PyTorch layer adapted
     _dim: ClassVar[int]  # the dimensions of its kernel
 

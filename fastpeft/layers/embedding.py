@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fastpeft.configs import LoraConfig
 from fastpeft.layers.base import embed_scale
+from fastpeft.layers.dora import DoraEmbedding
 from fastpeft.layers.lora import LoraLayer, low_rank_product
+from fastpeft.layers.variants import LoraVariant
 
 
 class Embedding(LoraLayer, nn.Module):
@@ -22,6 +24,7 @@ class Embedding(LoraLayer, nn.Module):
     """
 
     _peft_name: ClassVar[str] = "peft.tuners.lora.layer.Embedding"
+    lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {"use_dora": DoraEmbedding}
 
     def __init__(
         self,

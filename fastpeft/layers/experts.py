@@ -75,6 +75,8 @@ class ParamWrapper(LoraLayer, nn.Module):
             raise ValueError(f"{name} does not work with fan_in_fan_out.")
         if config.lora_bias:
             raise ValueError(f"{name} does not work with lora_bias=True.")
+        if config.use_dora:
+            raise ValueError(f"{name} does not work with use_dora=True.")
 
     def _make_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         ranks = r * self.num_experts

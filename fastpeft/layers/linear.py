@@ -9,9 +9,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.configs import LoraConfig
+from fastpeft.layers.dora import DoraLinear
 from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.mixed import mixed_linear
+from fastpeft.layers.variants import LoraVariant
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.products import MAX_RANK
 
@@ -20,6 +22,7 @@ class Linear(LoraLayer, nn.Module):
     """y = x Wᵀ + bias + sum over active adapters of scaling · dropout(x) Aᵀ Bᵀ."""
 
     _peft_name: ClassVar[str] = "peft.tuners.lora.layer.Linear"
+    lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {"use_dora": DoraLinear}
 
     def __init__(
         self,

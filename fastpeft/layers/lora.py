@@ -271,8 +271,8 @@ class LoraLayer(BaseTunerLayer):
             )
         for name in set(names) & set(self.lora_variant):
             if not self.lora_variant[name].supports_mixed_batch:
-                variant = type(self.lora_variant[name]).__name__
-                raise ValueError(f"Cannot pass `adapter_names` with adapter {name!r}: {variant} does not support it.")
+                variant = self.lora_variant[name].name
+                raise ValueError(f"Cannot pass `adapter_names` when {variant} is enabled. Adapter {name!r} uses it.")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters'; `adapter_names`: one adapter a sample instead."""

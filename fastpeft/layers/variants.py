@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastpeft.errors import UnsupportedOptionError
-
 if TYPE_CHECKING:
     from fastpeft.configs import LoraConfig
     from fastpeft.layers.lora import LoraLayer
@@ -27,6 +25,7 @@ VARIANT_OPTIONS = (
 class LoraVariant:
     """One adapter's own init, forward and merge on a layer; `LoraLayer.lora_variant` maps adapters to theirs."""
 
+    name = "a variant of LoRA"  # in messages
     supports_mixed_batch = True  # whether `adapter_names` may name an adapter of this variant
 
     def init(self, layer: LoraLayer, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -53,15 +52,15 @@ class LoraVariant:
 def resolve_variant(layer: LoraLayer, config: LoraConfig) -> LoraVariant | None:
     """A new variant object as the config asks for, None for plain LoRA.
 
-    Raises `UnsupportedOptionError` if the layer kind does not have the variant, or several are asked for at once.
+    Raises `ValueError` if the layer kind does not have the variant, or several are asked for at once.
     """
     asked = tuple(name for name in VARIANT_OPTIONS if getattr(config, name, None))
     if not asked:
         return None
     variant = layer.lora_variants.get(asked[0]) if len(asked) == 1 else None
     if variant is None:
-        raise UnsupportedOptionError(
-            f"lora.{type(layer).__name__} does not support {' with '.join(asked)}; unset it, or do not target this "
-            "layer."
+        raise ValueError(
+            f"Invalid or unsupported variant combination: lora.{type(layer).__name__} does not support "
+            f"{' with '.join(asked)}; unset it, or do not target this layer."
         )
     return variant()
