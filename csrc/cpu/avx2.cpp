@@ -1,0 +1,3 @@
+#define FASTPEFT_ISA avx2
+#define FASTPEFT_AVX2
+#include "table.h"

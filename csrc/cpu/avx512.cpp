@@ -1,0 +1,3 @@
+#define FASTPEFT_ISA avx512
+#define FASTPEFT_AVX512
+#include "table.h"

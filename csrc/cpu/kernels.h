@@ -1,0 +1,77 @@
+// What the kernels of one instruction set offer, as plain data: every translation unit below csrc/cpu is compiled for its
+// own instruction set, so nothing here may be an inline function that a linker could share between them.
+#pragma once
+
+#include <cstdint>
+
+namespace fastpeft {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+// A matrix with contiguous rows.
+struct Matrix {
+  void* data;
+  int64_t rows, columns, stride;  // stride: elements from one row to the next
+  DType dtype;
+};
+
+// The dropout masks of a group: philox.py says which element is kept.
+struct Mask {
+  bool on;
+  uint64_t seed;
+  uint32_t threshold;  // 0 … 65536
+};
+
+// A group of G members of rank r; scale[g] holds the member's scaling times 1/(1 - p).
+struct Group {
+  int64_t members, rank;
+  const float* scale;
+  Mask mask;
+};
+
+// Calls body(begin, end, context) for ranges that together are [0, n), in parallel.
+using ParallelFor = void (*)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+struct Kernels {
+  const char* name;
+  void (*shrink)(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor parallel);
+  void (*expand)(
+      const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor parallel);
+  void (*expand_backward)(
+      const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, const Matrix& db, ParallelFor parallel);
+  // dx.data may be null.
+  void (*shrink_backward)(
+      const Matrix& ds,
+      const Matrix& x,
+      const Matrix& a,
+      const Group& group,
+      const Matrix& dx,
+      const Matrix& da,
+      ParallelFor parallel);
+  void (*embedding)(
+      const int64_t* indices,
+      const Matrix& weight,
+      const Matrix& a,
+      const Matrix& b,
+      float scaling,
+      const Matrix& y,
+      ParallelFor parallel);
+  void (*embedding_backward)(
+      const Matrix& dy,
+      const int64_t* indices,
+      const Matrix& a,
+      const Matrix& b,
+      float scaling,
+      int64_t padding_idx,
+      const Matrix& da,
+      const Matrix& db,
+      ParallelFor parallel);
+};
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace fastpeft

@@ -1,0 +1,2 @@
+#define FASTPEFT_ISA scalar
+#include "table.h"

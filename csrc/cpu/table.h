@@ -1,0 +1,23 @@
+// The kernels of one instruction set: included last by the translation unit that was compiled for it.
+#pragma once
+
+#include "lora_embedding.h"
+
+#define FASTPEFT_JOIN_(a, b) a##b
+#define FASTPEFT_JOIN(a, b) FASTPEFT_JOIN_(a, b)
+#define FASTPEFT_TEXT_(a) #a
+#define FASTPEFT_TEXT(a) FASTPEFT_TEXT_(a)
+
+namespace fastpeft {
+
+const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
+    FASTPEFT_TEXT(FASTPEFT_ISA),
+    FASTPEFT_ISA::shrink,
+    FASTPEFT_ISA::expand,
+    FASTPEFT_ISA::expand_backward,
+    FASTPEFT_ISA::shrink_backward,
+    FASTPEFT_ISA::embedding,
+    FASTPEFT_ISA::embedding_backward,
+};
+
+}  // namespace fastpeft
