@@ -4,12 +4,7 @@ Transformers 5 renames and fuses checkpoint weights while it loads them: a mixtu
 `nn.Linear` per expert is one 3-D parameter. Adapter files follow: each rule of the model's own conversion becomes a
 rule for the LoRA weights.
 
-Experts: with E experts and adapters (A_e, B_e) on n fused projections of one input, the fused adapter has rank n·r,
-
-    A = [A_1; …; A_n] for each expert, rows ordered (expert, rank)            (E·n·r, K)
-    B = blockdiag(B_1, …, B_n) for each expert, columns ordered (rank, expert)  (n·N, n·r·E)
-
-which is the layout of `ParamWrapper`.
+The layout of the fused adapters is that of `tuner/conversion.py`, which does the same for files that `PeftModel` loads.
 """
 
 from __future__ import annotations
@@ -21,6 +16,7 @@ import torch
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from ..tuner.conversion import fuse_A, fuse_B
 
 
 class FuseExperts(ConversionOps):
@@ -34,13 +30,9 @@ class FuseExperts(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         # The projections in the order in which the base weights are fused (gate before up).
-        parts = [_stacked(input_dict[pattern]) for pattern in source_patterns if pattern in input_dict]
-        if self.weight == "lora_A":
-            fused = torch.cat(parts, dim=1).flatten(0, 1)
-        else:
-            blocks = torch.stack([torch.block_diag(*experts) for experts in zip(*parts)])  # (E, n·N, n·r)
-            fused = blocks.permute(1, 2, 0).flatten(1)
-        return {kwargs["full_layer_name"]: fused.contiguous()}
+        parts = [list(input_dict[pattern]) for pattern in source_patterns if pattern in input_dict]
+        fuse = fuse_A if self.weight == "lora_A" else fuse_B
+        return {kwargs["full_layer_name"]: fuse(parts)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -48,10 +40,6 @@ class FuseExperts(ConversionOps):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.weight!r})"
-
-
-def _stacked(experts: Any) -> torch.Tensor:
-    return experts if isinstance(experts, torch.Tensor) else torch.stack(list(experts))
 
 
 def build_peft_weight_mapping(
