@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..ops import lora_linear, lora_linear_group
+from ..ops.lora_linear import NATIVE_ELEMENTS
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
 from .stacking import Stack
 
@@ -76,7 +77,7 @@ class LoraForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and self.active:
             group = self.group
-            if group is not None and group.owner == get_ident():
+            if group is not None and group.owner is not None and group.owner == get_ident():
                 y = group.take(self.index, args[0])
                 if y is not None:
                     return y
@@ -89,21 +90,19 @@ class LoraForward(Forward):
     def alone(self, x: Any) -> Tensor | None:
         """The operator on this layer only; None where the layer's own forward must run."""
         operands = self.operands()
-        if operands is None or not fits(x, operands) or torch._C._get_tracing_state() is not None:
+        if operands is None or not fits(x, operands[0]) or torch._C._get_tracing_state() is not None:
             return None
-        weight, bias, A, B, scaling, p = operands
-        assert A is not None and B is not None
-        return lora_linear(x, weight, bias, A, B, scaling, p)
+        return lora_linear(x, *operands)  # type: ignore[arg-type]
 
     def operands(self) -> Operands | None:
         """The layer's tensors now; None while its own forward must run. Reads the layer anew if it has changed."""
-        reading = self.reading
-        if not reading.holds():
-            found = self._read_again()
-            if found is None:
-                return None
-            reading = self.reading = found
-        return reading.operands() if reading.free() else None
+        found = self.reading.operands()
+        if found is None and not self.reading.holds():
+            reading = self._read_again()
+            if reading is not None:
+                self.reading = reading
+                found = reading.operands()
+        return found
 
     def _read_again(self) -> Reading | None:
         modules, active = self.module._modules, self.module.active_adapters
@@ -129,11 +128,16 @@ class LoraForward(Forward):
 class _Unread:
     """The reading of a copied layer before its first call: it never holds."""
 
+    dropout = nn.Identity()
+
     def __init__(self, name: str) -> None:
         self.name = name
 
     def holds(self) -> bool:
         return False
+
+    def operands(self) -> None:
+        return None
 
 
 class PlainForward(Forward):
@@ -148,8 +152,8 @@ class PlainForward(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         group = self.group
-        if group is not None and group.owner == get_ident() and len(args) == 1 and not kwargs and self.active:
-            y = group.take(self.index, args[0])
+        if group is not None and group.owner is not None and len(args) == 1 and not kwargs and self.active:
+            y = group.take(self.index, args[0]) if group.owner == get_ident() else None
             if y is not None:
                 return y
         return self.original(*args, **kwargs)
@@ -158,7 +162,7 @@ class PlainForward(Forward):
         """Weight and bias as they are now."""
         parameters = self.module._parameters
         weight = parameters.get("weight")
-        return None if weight is None else Operands(weight, parameters.get("bias"), None, None, 0.0, 0.0)
+        return None if weight is None else (weight, parameters.get("bias"), None, None, 0.0, 0.0)
 
 
 class ParentForward(Forward):
@@ -224,6 +228,8 @@ class Group:
         if entry is None:
             if type(x) not in _TENSORS or x.is_inference():  # such a tensor does not tell whether it was written to
                 return None
+            if x.numel() <= NATIVE_ELEMENTS and not self._drops():  # so small that plain calls, one by one, are faster
+                return None
             computed = self.compute(x)
             if computed is None:
                 return None
@@ -250,17 +256,11 @@ class Group:
             if found is None:
                 return None
             operands.append(found)
-        p, dtype = None, None
-        for found in operands:
-            if found.A is None:
-                continue
-            if p is None:
-                p, dtype = found.p, found.A.dtype
-            elif found.p != p or found.A.dtype is not dtype:
-                return None
-        if p is None or not fits(x, operands[0]):
+        weights, biases, A, B, scaling, dropouts = zip(*operands)
+        adapted = [(a.dtype, p) for a, p in zip(A, dropouts) if a is not None]
+        if adapted.count(adapted[0]) < len(adapted) or not fits(x, weights[0]):
             return None
-        weights, biases, A, B, scaling, _ = zip(*operands)
+        p = adapted[0][1]
         block, block_bias = self._blocks(x, weights, biases)
         outs = lora_linear_group(
             x, weights, biases, A, B, scaling, p, stacked_weight=block, stacked_bias=block_bias, form=self.form
@@ -290,6 +290,11 @@ class Group:
             return not torch.is_grad_enabled() or x.numel() <= FEW_ROWS * x.shape[-1]
         return self.one_product == "always"
 
+    def _drops(self) -> bool:
+        """Dropout is on; all members have the same."""
+        dropout = next(m.reading.dropout for m in self.members if isinstance(m, LoraForward))
+        return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0.0
+
     def __getstate__(self) -> Any:
         return (self.members, self._homes, self.form, self.one_product, self.stack, self.bias_stack)
 
@@ -307,11 +312,11 @@ class Group:
         )
 
 
-def fits(x: Any, operands: Operands) -> bool:
+def fits(x: Any, weight: Tensor) -> bool:
     """x is an ordinary tensor in the dtype that the base layer takes (any, under autocast)."""
     if type(x) not in _TENSORS or x.dim() == 0:
         return False
-    return x.dtype is operands.weight.dtype or (
+    return x.dtype is weight.dtype or (
         x.is_floating_point() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
     )
 

@@ -125,7 +125,7 @@ def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], 
     if stack == "never":
         return "never", "stack='never'"
     operands = [operands_of(c) for c in members]
-    weights, biases = [o.weight for o in operands], [o.bias for o in operands]
+    weights, biases = [o[0] for o in operands], [o[1] for o in operands]
     if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
         return "never", "a weight is tied to another module"
     with_bias = [b for b in biases if b is not None]
@@ -151,7 +151,7 @@ def operands_of(candidate: Candidate) -> Operands:
     """The candidate's tensors, of an adapter's layer or a plain one."""
     if candidate.reading is None:
         linear: Any = candidate.module
-        return Operands(linear.weight, linear.bias, None, None, 0.0, 0.0)
+        return (linear.weight, linear.bias, None, None, 0.0, 0.0)
     operands = candidate.reading.operands()
     assert operands is not None
     return operands
@@ -167,17 +167,14 @@ def _alike(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
 def _kind(candidate: Candidate) -> tuple[Any, ...]:
     reading = candidate.reading
     assert reading is not None
-    weight, A = operands_of(candidate).weight, reading.A.weight
+    weight, A = operands_of(candidate)[0], reading.A.weight
     p = getattr(reading.dropout, "p", 0.0)
     return (p, A.dtype, weight.dtype, weight.device, weight.shape[1])
 
 
 def _same_kind(mine: Operands, theirs: Operands) -> bool:
-    return (mine.weight.dtype, mine.weight.device, mine.weight.shape[1]) == (
-        theirs.weight.dtype,
-        theirs.weight.device,
-        theirs.weight.shape[1],
-    )
+    a, b = mine[0], theirs[0]
+    return (a.dtype, a.device, a.shape[1]) == (b.dtype, b.device, b.shape[1])
 
 
 def _tied(model: nn.Module) -> set[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,8 @@ class Unsupported(Exception):
     """A module that stays as it is; the message is the reason shown in the report."""
 
 
-class Operands(NamedTuple):
-    """The tensors of one projection at one call; A and B are None for a projection without an adapter."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
-    scaling: float
-    p: float
+# Weight, bias, A, B, scaling and dropout probability of one projection at one call. A and B are None without an adapter.
+Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, float]
 
 
 def lora_library(module: nn.Module) -> str | None:
@@ -59,6 +52,7 @@ class Reading:
     def __init__(self, module: Any, name: str) -> None:
         modules = module._modules
         self.module, self.name = module, name
+        self._state, self._modules = module.__dict__, modules
         active = module._active_adapter
         self.active = list(active) if isinstance(active, list) else active
         self.base = modules["base_layer"]
@@ -70,37 +64,39 @@ class Reading:
 
     def holds(self) -> bool:
         """The layer still has the parts and the active adapter that were read."""
-        state, name = self.module.__dict__, self.name
+        name = self.name
         return (
-            state["_active_adapter"] == self.active
-            and state["_modules"]["base_layer"] is self.base
+            self._state["_active_adapter"] == self.active
+            and self._modules["base_layer"] is self.base
             and self._A_of.get(name) is self.A
             and self._B_of.get(name) is self.B
             and self._dropout_of.get(name) is self.dropout
         )
 
-    def free(self) -> bool:
-        """Nothing asks for the layer's own forward at the moment: not merged, not disabled, no hooks inside."""
-        state = self.module.__dict__
-        return not (
-            state["_disable_adapters"]
-            or state["merged_adapters"]
-            or not state.get("cast_input_dtype_enabled", True)
-            or any(self._hooks)
-            or "forward" in self.base.__dict__
-        )
-
     def operands(self) -> Operands | None:
-        """The tensors as they are now; None if a weight is not an ordinary tensor any more."""
-        base = self.base._parameters
-        weight, dropout = base.get("weight"), self.dropout
-        A, B = self.A._parameters.get("weight"), self.B._parameters.get("weight")
-        if weight is None or A is None or B is None:
+        """The tensors as they are now; None while the layer's own forward must run.
+
+        That is: it has changed (`holds` is false), is merged or disabled, has got hooks inside, or a weight is not an
+        ordinary parameter any more.
+        """
+        state, base, dropout = self._state, self.base, self.dropout
+        if (
+            not self.holds()
+            or state["_disable_adapters"]
+            or state["merged_adapters"]
+            or any(self._hooks)
+            or "forward" in base.__dict__
+            or not state.get("cast_input_dtype_enabled", True)
+        ):
+            return None
+        try:
+            parameters = base._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
+            A, B = self.A._parameters["weight"], self.B._parameters["weight"]
+        except KeyError:  # flattened (FSDP) or offloaded: no longer parameters of these modules
             return None
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        if p >= 1.0:
-            return None
-        return Operands(weight, base.get("bias"), A, B, float(self.scaling[self.name]), p)
+        return (weight, bias, A, B, self.scaling[self.name], p) if p < 1.0 else None
 
 
 def read_lora(module: Any, ours: Any = None) -> Reading:

@@ -60,12 +60,12 @@ def _verify(members: Sequence[Member], replacement: Callable[[Tensor], Sequence[
 def _compare(
     members: Sequence[Member], operands: list[Operands], replacement: Callable[[Tensor], Sequence[Tensor] | None]
 ) -> str | None:
-    weight = operands[0].weight
+    weight = operands[0][0]
     generator = torch.Generator(weight.device).manual_seed(0)
     dtype, device = weight.dtype, weight.device
     x = torch.randn(1, ROWS, weight.shape[1], generator=generator, dtype=dtype, device=device)
-    dys = [torch.randn(1, ROWS, o.weight.shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
-    adapters = [t for o in operands for t in (o.A, o.B) if t is not None]
+    dys = [torch.randn(1, ROWS, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
+    adapters = [t for o in operands for t in o[2:4] if t is not None]
     try:
         theirs = _run(x, dys, adapters, lambda x: [member.original(x) for member in members])
         ours = _run(x, dys, adapters, replacement)
@@ -102,14 +102,14 @@ def _exact(x: Tensor, dys: list[Tensor], operands: list[Operands]) -> list[Tenso
     """The same in float64, one member at a time, by the formulas written out."""
     x64 = x.double()
     outs, dx, d_adapters = [], torch.zeros_like(x64), []
-    for o, dy in zip(operands, dys):
-        W, dy64 = o.weight.detach().double(), dy.double()
-        y = x64 @ W.T if o.bias is None else x64 @ W.T + o.bias.detach().double()
+    for (weight, bias, lora_A, lora_B, scaling, _), dy in zip(operands, dys):
+        W, dy64 = weight.detach().double(), dy.double()
+        y = x64 @ W.T if bias is None else x64 @ W.T + bias.detach().double()
         dx += dy64 @ W
-        if o.A is not None and o.B is not None:
-            A, B = o.A.detach().double(), o.B.detach().double()
-            s = x64 @ A.T * o.scaling
-            ds = dy64 @ B * o.scaling
+        if lora_A is not None and lora_B is not None:
+            A, B = lora_A.detach().double(), lora_B.detach().double()
+            s = x64 @ A.T * scaling
+            ds = dy64 @ B * scaling
             y = y + s @ B.T
             dx += ds @ A
             d_adapters += [(ds.mT @ x64).sum(0), (dy64.mT @ s).sum(0)]
