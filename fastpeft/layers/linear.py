@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.configs import LoraConfig
 from fastpeft.layers.dora import DoraLinear
 from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.mixed import mixed_linear
+from fastpeft.layers.plain import bare, dropout_probability
 from fastpeft.layers.variants import LoraVariant
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.products import MAX_RANK
@@ -63,11 +63,11 @@ class Linear(LoraLayer, nn.Module):
             modules: dict[str, Any] = self._modules  # type: ignore[assignment]
             A: Any = modules["lora_A"]._modules.get(name) if type(name) is str else None
             base = modules["base_layer"]
-            if A is not None and type(base) in _PLAIN and _bare(base):
+            if A is not None and type(base) in _PLAIN and bare(base):
                 B = modules["lora_B"]._modules[name]
                 dropout = modules["lora_dropout"]._modules[name]
-                scaling, p = self.scaling[name], _probability(dropout)
-                if type(A) is type(B) is nn.Linear and type(scaling) in _NUMBERS and _bare(A) and _bare(B) and p < 1.0:
+                scaling, p = self.scaling[name], dropout_probability(dropout)
+                if type(A) is type(B) is nn.Linear and type(scaling) in _NUMBERS and bare(A) and bare(B) and p < 1.0:
                     own: Any = base._parameters
                     weight = own.get("weight")
                     if weight is not None and B._parameters["bias"] is None and self.r[name] <= MAX_RANK:
@@ -90,25 +90,3 @@ class Linear(LoraLayer, nn.Module):
 
 _PLAIN: set[type] = {nn.Linear, NonDynamicallyQuantizableLinear}  # forward is x Wᵀ + bias and nothing else
 _NUMBERS = (float, int)
-
-
-def _bare(module: Any) -> bool:
-    """Whether calling the module runs its class's forward and nothing else: no hook, no replaced forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
-
-
-def _probability(dropout: Any) -> float:
-    """The dropout in force: 0 in evaluation; 1, which no operator takes, for a module that is no dropout."""
-    kind = type(dropout)
-    if kind is nn.Identity:
-        return 0.0
-    if kind is nn.Dropout:
-        return dropout.p if dropout.training else 0.0
-    return 1.0

@@ -1,0 +1,30 @@
+"""Is a module exactly what its class says, so that its arithmetic may be done without calling it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def bare(module: Any) -> bool:
+    """Whether calling the module runs its class's forward and nothing else: no hook, no replaced forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def dropout_probability(dropout: Any) -> float:
+    """The dropout in force: 0 in evaluation; 1, which no operator takes, for a module that is no plain dropout."""
+    kind = type(dropout)
+    if kind is nn.Identity:
+        return 0.0
+    if kind is nn.Dropout:
+        return dropout.p if dropout.training else 0.0
+    return 1.0
