@@ -39,23 +39,12 @@ UNIMPLEMENTED: dict[str, str] = {
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
     "ensure_weight_tying": "tying the adapters of tied layers",
-    "loftq_config": "LoftQ initialisation",
-    "eva_config": "EVA initialisation",
-    "corda_config": "CorDA initialisation",
-    "lora_ga_config": "LoRA-GA initialisation",
-    "init_lora_weights=loftq": "LoftQ initialisation",
-    "init_lora_weights=eva": "EVA initialisation",
-    "init_lora_weights=corda": "CorDA initialisation",
-    "init_lora_weights=lora_ga": "LoRA-GA initialisation",
-    "init_lora_weights=pissa": "PiSSA initialisation",
-    "init_lora_weights=olora": "OLoRA initialisation",
-    "init_lora_weights=orthogonal": "orthogonal initialisation",
     "init_lora_weights=mica": "MiCA initialisation",
     "runtime_config.ephemeral_gpu_offload": "ephemeral GPU offload",
 }
 
 # The initialisations there are, beside True and False.
-INIT_METHODS = ("gaussian",)
+INIT_METHODS = ("gaussian", "pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal", "eva")
 
 _PARTS: dict[str, type] = {
     "velora_config": VeloraConfig,
@@ -147,8 +136,44 @@ class LoraConfig(PeftConfig):
                 setattr(self, name, set(value))
         for name, cls in _PARTS.items():
             setattr(self, name, part(getattr(self, name), cls))
+        self._complete_init_method()
         self._check()
         check_implemented(self)
+
+    def _complete_init_method(self) -> None:
+        """Give the method of `init_lora_weights` the config it needs, and say which config is of no use."""
+        method = self.init_lora_weights
+        if method == "loftq":
+            if not self.loftq_config:
+                raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+            if isinstance(self.loftq_config, LoftQConfig):
+                self.loftq_config = vars(self.loftq_config)
+        elif self.loftq_config:
+            self.loftq_config = {}
+            warnings.warn(
+                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=4
+            )
+        for name, cls, title in (("eva", EvaConfig, "EVA"), ("corda", CordaConfig, "CorDA")):
+            option = f"{name}_config"
+            if method == name and getattr(self, option) is None:
+                warnings.warn(
+                    f"`init_lora_weights` is '{name}' but `{option}` is not specified. Using default {title} config.",
+                    stacklevel=4,
+                )
+                setattr(self, option, cls())
+            elif method != name and getattr(self, option) is not None:
+                warnings.warn(
+                    f"`{option}` specified but will be ignored when `init_lora_weights` is not '{name}'.", stacklevel=4
+                )
+        changes_base = str(method).startswith("pissa") or method in ("olora", "corda", "lora_ga")
+        if changes_base and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that you won't be able to pass "
+                "`path_initial_model_for_weight_conversion` to `save_pretrained` to restore the initial values of the "
+                "base weights; if you intend to do this, do not use rslora or rank_pattern/alpha_pattern.",
+                stacklevel=4,
+            )
 
     def _check(self) -> None:
         """Raise on options that contradict each other."""

@@ -1,5 +1,6 @@
 """The adapter layers: the `nn.Module`s that stand where a model's layers stood."""
 
+from fastpeft.layers import weight_inits as weight_inits  # registers the methods of `init_lora_weights`
 from fastpeft.layers.attention import MultiheadAttention
 from fastpeft.layers.base import BaseTunerLayer, check_adapters_to_merge
 from fastpeft.layers.conv import Conv1d, Conv2d, Conv3d
