@@ -1,0 +1,117 @@
+"""Switching, freezing, deleting and casting adapters in any model that has some, wrapped in a `PeftModel` or not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..layers.base import BaseTunerLayer
+from ..layers.wrappers import AuxiliaryTrainingWrapper
+from .trainable import set_wrapper_adapter
+from .walk import adapter_layers, tuner_layers, wrappers
+
+# Adapters of these types are trained in float32; the 8-bit floats exist only in some builds of torch.
+_UPCAST_NAMES = (
+    "float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"  # fmt: skip
+)
+UPCAST_DTYPES = frozenset(getattr(torch, name) for name in _UPCAST_NAMES.split() if hasattr(torch, name))
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | list[str],
+    inference_mode: bool = False,
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> None:
+    """Make the adapter(s) active, and the only trainable ones unless `inference_mode`. Merged layers are unmerged.
+
+    Raises:
+        ValueError: two of the adapters have a copy of the same module (`modules_to_save`); nothing is changed then.
+    """
+    set_wrapper_adapter(model, adapter_name, inference_mode=inference_mode)
+    for layer in tuner_layers(model, layer_cls):
+        if layer.merged:
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+            )
+            layer.unmerge()
+        layer.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Make the parameters of the adapter(s) trainable or not, active or not."""
+    for layer in adapter_layers(model):
+        layer.set_requires_grad(adapter_names=adapter_names, requires_grad=requires_grad)
+
+
+def check_adapters_not_merged(model: nn.Module, adapter_name: str) -> None:
+    """Raise `ValueError` if a layer has the adapter merged into its weight."""
+    if any(adapter_name in layer.merged_adapters for layer in tuner_layers(model)):
+        raise ValueError(
+            f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+        )
+
+
+def delete_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    prefix: str = "lora_",
+    layer_cls: type[BaseTunerLayer] = BaseTunerLayer,
+) -> list[str] | None:
+    """Remove an adapter from every layer.
+
+    Returns:
+        The adapters that are active now (another one was chosen if the deleted one was), or None without any layer.
+    """
+    new_active: list[str] | None = None
+    for layer in tuner_layers(model, layer_cls):
+        layer.delete_adapter(adapter_name)
+        if new_active is None:
+            new_active = list(layer.active_adapters)
+    for wrapper in wrappers(model):
+        wrapper.delete_adapter(adapter_name, new_active_adapters=new_active)
+    return new_active
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Cast the adapter's parameters of 16 bits or fewer to float32, in which training is stable."""
+    if not autocast_adapter_dtype:
+        return
+    for layer in tuner_layers(model):
+        for key, container in list(layer._modules.items()):
+            if key == "base_layer" or not isinstance(container, nn.ModuleDict | nn.ParameterDict):
+                continue
+            if adapter_name not in container:
+                continue
+            entry = container[adapter_name]
+            if isinstance(entry, torch.Tensor):
+                if entry.dtype in UPCAST_DTYPES:
+                    container[adapter_name] = entry.to(torch.float32)
+                continue
+            for owner in entry.modules():
+                for name, parameter in list(owner.named_parameters(recurse=False)):
+                    if parameter.dtype in UPCAST_DTYPES:
+                        # a new parameter and no assignment to `.data`, which would not reach a DTensor's local shard
+                        cast = nn.Parameter(parameter.data.to(torch.float32), requires_grad=parameter.requires_grad)
+                        setattr(owner, name, cast)
+
+
+def freeze_outside_adapters(model: nn.Module) -> None:
+    """`requires_grad=False` for every parameter that belongs neither to an adapter nor to a `modules_to_save` copy."""
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):  # wrappers manage their own copies
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad = False
+        children = module._modules
+        if isinstance(module, BaseTunerLayer):
+            children = {"base_layer": children.get("base_layer")}
+        stack.extend(child for child in children.values() if child is not None)

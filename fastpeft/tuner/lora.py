@@ -1,0 +1,135 @@
+"""LoRA in a model (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
+
+from ..layers.experts import ParamWrapper
+from ..layers.lora import LoraLayer
+from .base import BaseTuner
+from .constants import LORA_TARGET_MODULES
+from .dispatch import create_lora_layer
+from .mixed import per_sample_adapters
+from .targets import pattern_value
+from .transaction import transaction
+from .weighted import CombinationType, add_weighted_adapter
+
+if TYPE_CHECKING:
+    from ..configs import LoraConfig
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA adapters; see `BaseTuner` for the arguments."""
+
+    _peft_name: ClassVar[str] = "peft.tuners.lora.LoraModel"
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping = LORA_TARGET_MODULES
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        # the place in a nest of wrappers says which parameter a weight belongs to, so all adapters must nest alike
+        for name, other in self.peft_config.items():
+            if other is config or not config.target_parameters or not other.target_parameters:
+                continue
+            if set(other.target_parameters) != set(config.target_parameters):
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
+                    f"{sorted(other.target_parameters)} for adapter '{name}'."
+                )
+
+    def _create_and_replace(
+        self,
+        config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = pattern_value(config.rank_pattern, current_key, config.r)
+        lora_alpha = pattern_value(config.alpha_pattern, current_key, config.lora_alpha)
+        # a further parameter of the same module: its wrapper goes around the one that is there
+        nests = isinstance(target, ParamWrapper) and adapter_name in target.lora_A
+        with transaction() as undo:
+            if isinstance(target, LoraLayer) and not nests:
+                layer: Any = target
+                if adapter_name not in layer.r:
+                    undo.push(lambda: _forget(layer, adapter_name))
+                layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=current_key)
+                return
+            if nests and target.parameter_name == parameter_name:
+                raise ValueError(
+                    f"The parameter {current_key!r} is targeted twice by adapter {adapter_name!r}. List it once in "
+                    "`target_parameters`."
+                )
+            new_module = self._create_new_module(
+                config,
+                adapter_name,
+                target,
+                r=r,
+                lora_alpha=lora_alpha,
+                target_name=current_key,
+                parameter_name=parameter_name,
+            )
+            undo.replace_module(parent, target_name, new_module)
+
+    @staticmethod
+    def _create_new_module(config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        return create_lora_layer(target, adapter_name, config, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass `adapter_names` (one per sample) to every layer while the block runs."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        with per_sample_adapters(self, adapter_names, kwargs.get("num_beams")):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if getattr(self.model, "quantization_method", None) == "gptq":
+            raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Create an adapter that combines others; see `fastpeft.tuner.weighted.add_weighted_adapter`."""
+        add_weighted_adapter(
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+
+
+def _forget(layer: Any, adapter_name: str) -> None:
+    """Take an adapter that was just added out of a layer, whatever is active."""
+    layer._active_adapter = [name for name in layer.active_adapters if name != adapter_name]
+    layer.delete_adapter(adapter_name)

@@ -1,0 +1,30 @@
+"""Layers whose weights Accelerate keeps elsewhere (CPU or disk) and brings in for each forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def onload(layer: nn.Module) -> Iterator[None]:
+    """Have the layer's weights in place inside the block, and what was changed there kept afterwards.
+
+    A weight that came from disk stays in CPU memory then, since the file has the old value.
+    """
+    hooks = [
+        (module, module._hf_hook)
+        for name, module in layer.named_modules()
+        if name and getattr(getattr(module, "_hf_hook", None), "offload", False)
+    ]
+    for module, hook in hooks:
+        hook.pre_forward(module)  # type: ignore[operator, union-attr]
+    yield
+    for module, hook in hooks:
+        if module is getattr(layer, "base_layer", None):
+            tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            hook.weights_map = {name: tensor.data.to("cpu") for name, tensor in tensors}  # type: ignore[union-attr]
+        hook.post_forward(module, torch.tensor([]))  # type: ignore[operator, union-attr]
