@@ -12,7 +12,7 @@ from fastpeft.layers.dora import DoraLinear
 from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.mixed import mixed_linear
-from fastpeft.layers.plain import bare, dropout_probability
+from fastpeft.layers.plain import any_global_hook, bare, dropout_probability
 from fastpeft.layers.variants import LoraVariant
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.products import MAX_RANK
@@ -38,6 +38,8 @@ class Linear(LoraLayer, nn.Module):
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = config.fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        if is_target_conv_1d_layer and _is_transformers_conv1d(type(base_layer)):
+            _PLAIN.add(type(base_layer))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -63,7 +65,7 @@ class Linear(LoraLayer, nn.Module):
             modules: dict[str, Any] = self._modules  # type: ignore[assignment]
             A: Any = modules["lora_A"]._modules.get(name) if type(name) is str else None
             base = modules["base_layer"]
-            if A is not None and type(base) in _PLAIN and bare(base):
+            if A is not None and type(base) in _PLAIN and bare(base) and not any_global_hook():
                 B = modules["lora_B"]._modules[name]
                 dropout = modules["lora_dropout"]._modules[name]
                 scaling, p = self.scaling[name], dropout_probability(dropout)
@@ -90,3 +92,7 @@ class Linear(LoraLayer, nn.Module):
 
 _PLAIN: set[type] = {nn.Linear, NonDynamicallyQuantizableLinear}  # forward is x Wᵀ + bias and nothing else
 _NUMBERS = (float, int)
+
+
+def _is_transformers_conv1d(cls: type) -> bool:
+    return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")

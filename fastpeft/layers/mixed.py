@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpeft.layers.plain import bare, dropout_probability
+from fastpeft.layers.plain import any_global_hook, bare, dropout_probability
 
 if TYPE_CHECKING:
     from fastpeft.layers.lora import LoraLayer
 
-# From this many rows a sample on, the copies of the gathered form cost less than the zeros of the wide one: measured with
-# K and N from 576 to 2048 and 8 adapters of rank 16 or 64, on a CPU.
+# From this many rows a sample on, the copies of the gathered form cost less than the zeros of the wide one: measured
+# with K and N from 576 to 2048 and 8 adapters of rank 16 or 64, on a CPU.
 GATHER_ROWS = 16
 
 
@@ -30,6 +30,8 @@ def mixed_linear(layer: LoraLayer, x: Tensor, adapter_names: list[str]) -> Tenso
 
     None, with nothing computed, if an adapter is not two plain matrices, or dropout is on: then each goes its own way.
     """
+    if any_global_hook():
+        return None
     lora_A: Any = layer._modules["lora_A"]
     lora_B: Any = layer._modules["lora_B"]
     used: list[str] = []

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook
+
+__all__ = ["any_global_hook", "bare", "dropout_probability"]
 
 
 def bare(module: Any) -> bool:
-    """Whether calling the module runs its class's forward and nothing else: no hook, no replaced forward."""
+    """Whether calling the module runs its class's forward and nothing else: no hook of its own, no replaced forward.
+
+    Hooks on all modules are another question, `any_global_hook()`.
+    """
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or _has_any_global_hook()
     )
 
 
