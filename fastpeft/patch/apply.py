@@ -265,11 +265,11 @@ def _ungroup(
 def _group_row(candidate: Candidate, plan: GroupPlan, group: Group) -> Row:
     names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
     form = {
-        "never": "adapters stacked, a base product each",
-        "always": "one product of stacked weights, adapters stacked",
-        "free": "one product of stacked weights without a backward, a base product each in training; adapters stacked",
+        "never": f"adapters stacked, base weights apart: {plan.why}",
+        "always": f"one product of stacked weights: {plan.why}",
+        "free": f"one product of stacked weights; in training one each: {plan.why}",
     }[group.one_product]
-    return Row(candidate.name, candidate.kind, f"lora_linear_group of {names}", f"{form}: {plan.why}")
+    return Row(candidate.name, candidate.kind, f"lora_linear_group of {names}", form)
 
 
 def _dissolve(group: Group) -> None:

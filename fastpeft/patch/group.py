@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import lora_linear, lora_linear_group
 from ..ops.lora_linear import NATIVE_ELEMENTS
@@ -26,16 +27,17 @@ from .stacking import Stack
 
 _TENSORS = (Tensor, Parameter)
 
-# With this many rows or fewer a product costs its launch, whatever it keeps alive afterwards is small.
+# On a GPU a product of this many rows or fewer costs its launch, and what it keeps alive is small.
 FEW_ROWS = 256
 
 
 def eager() -> bool:
-    """Neither torch.compile, torch.export, torch.jit.trace nor a functorch transform is looking on."""
+    """Neither torch.compile, torch.export, torch.jit.trace, a functorch transform nor a global hook is looking on."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or _has_any_global_hook()
     )
 
 
@@ -287,7 +289,7 @@ class Group:
     def wants_one_product(self, x: Tensor) -> bool:
         """For this input the stacked base weights are one product."""
         if self.one_product == "free":
-            return not torch.is_grad_enabled() or x.numel() <= FEW_ROWS * x.shape[-1]
+            return not torch.is_grad_enabled() or (x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1])
         return self.one_product == "always"
 
     def _drops(self) -> bool:

@@ -29,7 +29,7 @@ def example_call(model: nn.Module, example_inputs: Any = None) -> tuple[nn.Modul
             return model, tuple(example_inputs), {}
         return model, (), dict(example_inputs)
     for module in model.modules():
-        if isinstance(getattr(module, "main_input_name", None), str) and hasattr(module, "config"):
+        if isinstance(getattr(type(module), "main_input_name", None), str) and hasattr(module, "config"):
             return module, (), synthesise(module)
     raise NoInput(f"{type(model).__name__} is not a Transformers model, so its input is unknown")
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.products import MAX_RANK
 
@@ -26,7 +27,8 @@ class Unsupported(Exception):
     """A module that stays as it is; the message is the reason shown in the report."""
 
 
-# Weight, bias, A, B, scaling and dropout probability of one projection at one call. A and B are None without an adapter.
+# Weight (N, K), bias, A, B, scaling and dropout probability of one projection at one call; A and B are None without an
+# adapter.
 Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, float]
 
 
@@ -60,6 +62,7 @@ class Reading:
         self._dropout_of = modules["lora_dropout"]._modules
         self.A, self.B, self.dropout = self._A_of[name], self._B_of[name], self._dropout_of[name]
         self.scaling: dict[str, float] = module.scaling
+        self.transposed = type(self.base) is not nn.Linear  # a Conv1D keeps (K, N)
         self._hooks = tuple(hooks_of((self.base, self.A, self.B, self.dropout)))
 
     def holds(self) -> bool:
@@ -87,6 +90,7 @@ class Reading:
             or any(self._hooks)
             or "forward" in base.__dict__
             or not state.get("cast_input_dtype_enabled", True)
+            or _has_any_global_hook()
         ):
             return None
         try:
@@ -95,6 +99,8 @@ class Reading:
             A, B = self.A._parameters["weight"], self.B._parameters["weight"]
         except KeyError:  # flattened (FSDP) or offloaded: no longer parameters of these modules
             return None
+        if self.transposed:
+            weight = weight.t()
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         return (weight, bias, A, B, self.scaling[self.name], p) if p < 1.0 else None
 
@@ -144,9 +150,9 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
     return reading
 
 
-def check_base(base: Any) -> nn.Linear:
-    """The base layer, if it is an ordinary dense nn.Linear held whole on one device. Raises Unsupported otherwise."""
-    if type(base) is not nn.Linear:
+def check_base(base: Any) -> Any:
+    """The base layer, if it is a dense nn.Linear or Conv1D held whole on one device. Raises Unsupported otherwise."""
+    if type(base) is not nn.Linear and not _is_conv1d(base):
         raise Unsupported(_why_not_linear(base))
     _own_forward(base, "the base layer")
     check_tensor(base._parameters.get("weight"), "the base weight")
@@ -185,10 +191,14 @@ def _own_forward(module: Any, label: str = "the layer") -> None:
         raise Unsupported(f"other code has replaced the forward of {label}")
 
 
+def _is_conv1d(base: Any) -> bool:
+    """Transformers' linear layer that keeps its weight transposed."""
+    cls = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return cls is not None and type(base) is cls
+
+
 def _why_not_linear(base: Any) -> str:
     name = type(base).__name__
-    if name == "Conv1D":
-        return "the base layer is a Conv1D (its weight is transposed)"
     if is_tuner_layer(base):
         return f"the base layer is itself an adapter layer ({name})"
     if hasattr(base, "quant_state") or "bitsandbytes" in type(base).__module__ or hasattr(base, "qweight"):
