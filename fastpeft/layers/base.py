@@ -170,7 +170,7 @@ class BaseTunerLayer(Bridged):
         for name in self.adapter_layer_names + self.other_param_names:
             container = self._modules.get(name)
             if container is not None and adapter_name in container:  # type: ignore[operator]
-                _move(container[adapter_name], device, dtype)  # type: ignore[index]
+                _move(container, adapter_name, device, dtype)
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """x in the adapter's dtype, unless casting is switched off; None stays None."""
@@ -260,11 +260,20 @@ def _warn_unknown(module: nn.Module) -> None:
     )
 
 
-def _move(item: Any, device: torch.device, dtype: torch.dtype | None) -> None:
-    tensors = (item,) if isinstance(item, Tensor) else (*item.parameters(), *item.buffers())
+def _move(container: Any, name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move container[name] as `Module.to` does, without its price where there is nothing to move."""
+    item = container[name]
+    if isinstance(item, Tensor):
+        tensors = [item]
+    elif item._modules:
+        tensors = [*item.parameters(), *item.buffers()]
+    else:
+        tensors = [t for t in (*item._parameters.values(), *item._buffers.values()) if t is not None]
     for tensor in tensors:
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if tensor.device != device or tensor.dtype != target:
-            if tensor.is_meta:
-                continue
-            tensor.data = tensor.data.to(device, target)
+        if tensor.is_meta or (tensor.device == device and tensor.dtype == target):
+            continue
+        if isinstance(item, nn.Module):
+            item.to(device=device, dtype=dtype)
+            return
+        container[name] = nn.Parameter(tensor.detach().to(device, target), tensor.requires_grad)

@@ -49,32 +49,45 @@ class LoraLayer(BaseTunerLayer):
     lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {}  # config option -> variant, of this layer kind
     fan_in_fan_out: bool = False  # the base weight is (in, out)
 
+    base_layer: Any
+    in_features: Any
+    out_features: Any
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_magnitude_vector: nn.ModuleDict
+    # by adapter
+    r: dict[str, int]
+    lora_alpha: dict[str, int]
+    scaling: dict[str, float]
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    lora_variant: dict[str, LoraVariant]  # plain LoRA has none
+
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         if ephemeral_gpu_offload:
             raise UnsupportedOptionError(
                 "runtime_config.ephemeral_gpu_offload=True is not implemented in fastpeft; leave it at False."
             )
-        self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.ephemeral_gpu_offload = ephemeral_gpu_offload
-        self.cast_input_dtype_enabled = True
-        self.lora_variant: dict[str, LoraVariant] = {}  # adapter -> its variant; plain LoRA has none
-        self.kwargs = kwargs
-        self.in_features: Any
-        self.out_features: Any
+        # Past nn.Module.__setattr__, which costs as much as all the rest of making a layer.
+        self._modules["base_layer"] = base_layer
+        for name in _DICTS:
+            self.__dict__[name] = {}
+        for name in ("lora_dropout", "lora_A", "lora_B"):
+            self._modules[name] = nn.ModuleDict()
+        for name in ("lora_embedding_A", "lora_embedding_B"):
+            self._modules[name] = nn.ParameterDict()
+        self._modules["lora_magnitude_vector"] = nn.ModuleDict()
+        self.__dict__.update(
+            _disable_adapters=False,
+            merged_adapters=[],
+            cast_input_dtype_enabled=True,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            kwargs=kwargs,
+        )
         self.in_features, self.out_features = self._get_in_out_features(self.get_base_layer())
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int | None, int | None]:
@@ -314,6 +327,9 @@ class LoraLayer(BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+_DICTS = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias", "lora_variant")
 
 
 def low_rank_product(A: Tensor, B: Tensor, scaling: float) -> Tensor:
