@@ -78,6 +78,9 @@ def _forget_answers() -> None:
             clear()
 
 
+_replaced: dict[Any, Any] = {}  # (module, attribute) -> its value before something was assigned to it through a facade
+
+
 class PeftFacade(ModuleType):
     """A module of peft's name whose attributes live in fastpeft."""
 
@@ -99,7 +102,16 @@ class PeftFacade(ModuleType):
         if home is None:
             super().__setattr__(name, value)
         else:
-            setattr(importlib.import_module(home[0]), home[1], value)
+            module = importlib.import_module(home[0])
+            _replaced.setdefault(home, getattr(module, home[1]))
+            setattr(module, home[1], value)
+
+    def __delattr__(self, name: str) -> None:
+        home = where(self.__name__, name) if name in names_of(self.__name__) else None
+        if home is None or home not in _replaced:
+            super().__delattr__(name)
+        else:  # deleting what was assigned brings back what was there: so do tests that patch a name undo it
+            setattr(importlib.import_module(home[0]), home[1], _replaced.pop(home))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *names_of(self.__name__), *submodules_of(self.__name__)})

@@ -210,7 +210,7 @@ HOMES: dict[str, str] = {
     "fastpeft.tuner.targets": """check_target_module_exists inspect_matched_modules
         _find_minimal_target_modules=find_minimal_target_modules
         _maybe_include_all_linear_layers=include_all_linear_layers""",
-    "fastpeft.tuner.walk": "infer_device",
+    "fastpeft.tuner.walk": "infer_device _get_submodules=submodule_and_parent",
 }
 
 

@@ -222,7 +222,7 @@ def _no_match_message(config: LoraConfig, names: _Names) -> str:
     if not names.excluded and names.unmatched and not config.target_modules:
         return (
             "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
-            f"these arguments (target_parameters={config.target_parameters})."
+            f"these arguments. Got target_parameters={config.target_parameters}."
         )
     if not names.excluded and names.unmatched:
         message = (

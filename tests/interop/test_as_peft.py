@@ -74,6 +74,8 @@ def test_import_peft_means_fastpeft() -> None:
         import peft.config
         peft.config.__version__ = "9.9"  # assigning to a name assigns where it lives
         assert LoraConfig().peft_version == "9.9" and peft.__version__ == "0.21.2"
+        del peft.config.__version__  # as pytest's monkeypatch does to undo it
+        assert LoraConfig().peft_version == "0.21.2"
         """
     )
 
