@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastpeft import atomic
 from fastpeft.cli.errors import CommandError
-from fastpeft.cli.files import replacing, replacing_folder
+from fastpeft.cli.files import replacing_folder
 
 # In these files a list is a question followed by alternative answers; in the others it is a dialogue, turn by turn.
 ALTERNATIVES = {"computers", "emotion"}
@@ -98,10 +99,10 @@ def small_talk(target: Path, seed: int = 0) -> dict[str, Any]:
     folder = _package_folder("chatterbot_corpus", "chatterbot-corpus")
     rows = list(dict.fromkeys(_rows(folder)))
     random.Random(seed).shuffle(rows)
-    with replacing(target) as draft, draft.open("w", encoding="utf-8") as file:
-        for row in rows:
-            messages = [
-                {"role": "assistant" if index % 2 else "user", "content": line} for index, line in enumerate(row)
-            ]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    lines = []
+    for row in rows:
+        messages = [{"role": "assistant" if index % 2 else "user", "content": line} for index, line in enumerate(row)]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(target, "".join(lines).encode())
     return {"rows": len(rows), "turns": sum(map(len, rows))}

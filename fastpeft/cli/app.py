@@ -122,8 +122,13 @@ def finetune(
         LossOn, Option(help="Learn the answers of dialogues only, or every token.", rich_help_panel=_DATA)
     ] = LossOn.completions,
     max_length: Annotated[
-        int, Option(min=2, help="Tokens at which a dialogue is cut and a text divided.", rich_help_panel=_DATA)
-    ] = 1024,
+        int | None,
+        Option(
+            min=2,
+            help="Tokens at which a dialogue is cut and a text divided. [default: 1024, or what the model has]",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     chat_template: Annotated[
         Path | None, Option(help="Jinja file in place of the tokenizer's chat template.", rich_help_panel=_DATA)
     ] = None,

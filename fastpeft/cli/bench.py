@@ -19,6 +19,8 @@ from fastpeft.cli.console import console, number, quiet_libraries, size, warn
 from fastpeft.cli.contenders import BenchOptions, Runner, real_peft
 from fastpeft.cli.errors import CommandError
 from fastpeft.cli.files import write_json
+from fastpeft.cli.models import shape_config
+from fastpeft.cli.record import patch_summary
 from fastpeft.measure import Contender, interleave
 
 
@@ -34,6 +36,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     names = ["fastpeft"] + ([] if options.baseline == "none" else [options.baseline])
     if "peft" in names:
         real_peft()
+    shape_config(options.model, options.config, options.layers)  # a mistake is told before anything is started
     memory = {}
     for name in names:
         with console.status(f"peak memory of {name}, in a process of its own"):
@@ -116,7 +119,7 @@ def _report(options: BenchOptions, runner: Runner, results: list[dict[str, Any]]
             "python": platform.python_version(),
         },
         "options": options.as_json(),
-        "patched": str(fastpeft.report(runner.model)),
+        "patched": patch_summary(runner.model),
         "contenders": results,
     }
     if len(results) == 2:

@@ -80,27 +80,39 @@ def _versions(found: Findings) -> dict[str, str | None]:
 
 
 def _optional(found: Findings) -> dict[str, dict[str, Any]]:
-    state = {}
-    for name, use in OPTIONAL.items():
-        version = _version(name)
-        works = False
-        if version is not None:
-            what = f"{name} {version} is installed but cannot be imported"
-            works = found.guard(what, functools.partial(_imports, name), False)
-        state[name] = {"version": version, "works": works, "for": use}
-    return state
+    versions = {name: _version(name) for name in OPTIONAL}
+    failures = _failures([name for name, version in versions.items() if version is not None])
+    for name, why in failures.items():
+        found.problems.append(f"{name} {versions[name]} is installed but cannot be imported: {why}")
+    return {
+        name: {"version": version, "works": version is not None and name not in failures, "for": OPTIONAL[name]}
+        for name, version in versions.items()
+    }
 
 
-def _imports(name: str) -> bool:
-    """Whether `name` imports, tried in another process: a broken package may end the process or spoil this one.
+_TRY = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+        print(name, "", sep="\\t", flush=True)
+    except Exception as error:
+        print(name, f"{type(error).__name__}: {error}".splitlines()[0], sep="\\t", flush=True)
+"""
 
-    Raises:
-        ImportError: with the last line of what it said.
-    """
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise ImportError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return True
+
+def _failures(names: list[str]) -> dict[str, str]:
+    """The packages that do not import and why, tried in another process: a broken one may end it, or spoil this one."""
+    failures: dict[str, str] = {}
+    while names:
+        done = subprocess.run([sys.executable, "-c", _TRY, *names], capture_output=True, text=True, timeout=300)
+        answers = dict(line.split("\t", 1) for line in done.stdout.splitlines() if line.partition("\t")[0] in names)
+        failures |= {name: why for name, why in answers.items() if why}
+        names = names[len(answers) :]
+        if names:  # the process ended while it imported the first of these
+            failures[names[0]] = f"the import ended the process with status {done.returncode}"
+            names = names[1:]
+    return failures
 
 
 def _cpu(found: Findings) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from fastpeft.cli.models import (
 from fastpeft.cli.options import CURVE_FILE, INTERRUPTED, METRICS_FILE, RUN_FILE, FinetuneOptions
 from fastpeft.cli.record import draw, metrics_of, show_end, show_start
 
+_LENGTH = 1024
+
 
 def _prepare_out(options: FinetuneOptions) -> None:
     if options.resume:
@@ -97,9 +99,11 @@ def _tokenizer(options: FinetuneOptions) -> tuple[Any, str]:
 
 def _length_limit(options: FinetuneOptions, model_config: Any) -> int:
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < options.max_length:
-        warn(f"--max-length {options.max_length} is more than the model's {longest} positions: using {longest}")
-        return longest
+    longest = longest if isinstance(longest, int) and longest > 0 else _LENGTH
+    if options.max_length is None:
+        return min(longest, _LENGTH)
+    if options.max_length > longest:
+        raise CommandError(f"--max-length {options.max_length} is more than the model's {longest} positions")
     return options.max_length
 
 

@@ -29,7 +29,7 @@ class FinetuneOptions:
     eval_data: str | None = None
     eval_split: float = 0.0
     loss_on: str = "completions"
-    max_length: int = 1024
+    max_length: int | None = None
     chat_template: Path | None = None
     r: int = 16
     alpha: int | None = None

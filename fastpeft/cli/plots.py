@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.cli.files import replacing
+from fastpeft import atomic
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
 COLOURS = ("#0f766e", "#c2410c", "#6d28d9", "#475569")
@@ -98,17 +99,47 @@ def comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -> boo
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
-    with replacing(path) as draft:
-        figure.savefig(draft, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
     plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, picture.getvalue())
 
 
-def sparkline(values: Sequence[float], width: int = 32) -> str:
-    """The curve in one line of text; "" with fewer than two values."""
+def terminal_curve(values: Sequence[float], width: int = 64, height: int = 8) -> str:
+    """The curve in lines of Braille dots (two by four to a character) with its scale; "" with fewer than two values."""
     if len(values) < 2:
         return ""
-    edges = [round(i * len(values) / width) for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:]) if b > a]
+    columns, rows = 2 * width, 4 * height
+    means = [sum(part) / len(part) for part in _parts(smooth(values, 0.7), columns)]
     low, high = min(means), max(means)
-    ticks = "▁▂▃▄▅▆▇█"
-    return "".join(ticks[round((mean - low) / ((high - low) or 1) * 7)] for mean in means)
+    cells = [[0] * width for _ in range(height)]
+    previous = None
+    for x, mean in enumerate(_stretch(means, columns)):
+        y = round((high - mean) / ((high - low) or 1) * (rows - 1))
+        # Down to or up from the last point, so that a steep curve has no gaps.
+        for dot in range(min(y, y if previous is None else previous), max(y, y if previous is None else previous) + 1):
+            bit = (dot % 4 + 3 * (x % 2)) if dot % 4 < 3 else 6 + x % 2
+            cells[dot // 4][x // 2] |= 1 << bit
+        previous = y
+    labels = [high - (high - low) * row / (height - 1) for row in range(height)]
+    return "\n".join(
+        f"{label:7.3f} ┤" + "".join(chr(0x2800 + cell) for cell in row) for label, row in zip(labels, cells)
+    )
+
+
+def _parts(values: Sequence[float], count: int) -> list[Sequence[float]]:
+    """`values` in at most `count` runs of about equal length."""
+    count = min(count, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    return [values[a:b] for a, b in zip(edges, edges[1:])]
+
+
+def _stretch(values: Sequence[float], count: int) -> list[float]:
+    """`values` at `count` evenly spaced places, between two of them on the straight line."""
+    result = []
+    for i in range(count):
+        place = i * (len(values) - 1) / (count - 1)
+        left = min(int(place), len(values) - 2)
+        result.append(values[left] + (place - left) * (values[left + 1] - values[left]))
+    return result

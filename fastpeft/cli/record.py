@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
 
 import fastpeft
 from fastpeft.cli.console import console, duration, facts, number, size, warn
@@ -64,7 +67,23 @@ def show_start(
 def _patch_line(options: FinetuneOptions, model: Any) -> str:
     if not options.patch:
         return "[faint]nothing (--no-patch)[/faint]"
-    return str(fastpeft.report(model)).splitlines()[0]
+    report = fastpeft.report(model)
+    line = f"{len(report.fused)} of {len(report.rows)} modules"
+    reasons = list(dict.fromkeys(row.reason for row in report.left if row.reason))
+    if reasons:
+        more = f" (and {len(reasons) - 1} more reasons)" if len(reasons) > 1 else ""
+        line += f"  [faint]left: {escape(reasons[0])}{more}[/faint]"
+    return line
+
+
+def patch_summary(model: Any) -> dict[str, Any]:
+    """What `patch` did, in JSON's types: counts, and why modules were left."""
+    report = fastpeft.report(model)
+    return {
+        "fused": len(report.fused),
+        "left": len(report.left),
+        "reasons": list(dict.fromkeys(row.reason for row in report.left if row.reason)),
+    }
 
 
 def metrics_of(
@@ -98,6 +117,7 @@ def metrics_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "options": options.as_json(),
+        "patched": patch_summary(model) if options.patch else None,
         "parameters": {"total": total, "trainable": trainable},
         "data": {
             "rows": len(rows.train),
@@ -141,10 +161,12 @@ def draw(options: FinetuneOptions, metrics: dict[str, Any]) -> bool:
 
 
 def show_end(options: FinetuneOptions, metrics: dict[str, Any], curve: bool) -> None:
-    from fastpeft.cli.plots import sparkline
+    from fastpeft.cli.plots import terminal_curve
 
     summary = metrics["summary"]
-    line = sparkline([row["loss"] for row in metrics["train"]])
+    lines = terminal_curve([row["loss"] for row in metrics["train"]], width=min(64, console.width - 16))
+    if lines:
+        console.print(Panel(Text(lines, "cyan"), title="[bold]Loss[/bold]", title_align="left", expand=False))
     evals = ""
     if summary["first_eval_loss"] is not None:
         evals = f"   eval {summary['first_eval_loss']:.3f} → [bold]{summary['final_eval_loss']:.3f}[/bold]"
@@ -152,8 +174,7 @@ def show_end(options: FinetuneOptions, metrics: dict[str, Any], curve: bool) -> 
         facts(
             "Done",
             {
-                "loss": f"{summary['first_loss']:.3f} [cyan]{line}[/cyan] "
-                f"[bold]{summary['final_loss']:.3f}[/bold]{evals}",
+                "loss": f"{summary['first_loss']:.3f} → [bold]{summary['final_loss']:.3f}[/bold]{evals}",
                 "speed": f"{number(summary['tokens_per_second'] or 0)} tokens/s, {duration(summary['train_seconds'])}, "
                 f"peak memory {size(summary['peak_memory_bytes'])}",
                 "adapter": f"[bold]{options.out}[/bold]",
