@@ -15,13 +15,16 @@ Without peft nothing happens at all. Pickles name the fastpeft class, so they lo
 
 from __future__ import annotations
 
+import copy
 import copyreg
+import dataclasses
 import importlib
 import importlib.util
 import sys
 import threading
 import warnings
 from abc import ABCMeta
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 _made: dict[type, type] = {}
@@ -77,7 +80,20 @@ def _make(cls: type) -> type:
         "__annotations__": dict(getattr(cls, "__annotations__", {})),
         "_order_of_bases": (*cls.__mro__, *theirs),
     }
+    if dataclasses.is_dataclass(cls) and dataclasses.is_dataclass(counterpart):
+        namespace["__dataclass_fields__"] = _annotated_fields(cls, counterpart)
     return _metaclass(type(cls))(cls.__name__, (cls, counterpart), namespace)
+
+
+def _annotated_fields(cls: Any, counterpart: Any) -> dict[str, dataclasses.Field]:
+    """The fields of `cls` with the metadata of peft's fields, which peft reads when it is handed such a config."""
+    fields = {}
+    for name, field in cls.__dataclass_fields__.items():
+        theirs = counterpart.__dataclass_fields__.get(name)
+        fields[name] = field = copy.copy(field)
+        if theirs is not None:
+            field.metadata = MappingProxyType({**theirs.metadata, **field.metadata})
+    return fields
 
 
 def _counterpart(name: str) -> type | None:

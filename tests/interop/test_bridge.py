@@ -87,6 +87,10 @@ def test_dataclass_machinery() -> None:
     assert [field.name for field in dataclasses.fields(config)] == ["r", "names"]
     changed = dataclasses.replace(config, r=5)
     assert changed.r == 5 and type(changed) is type(config)
+    # peft's own code reads what it has noted about its fields, when a library hands it one of our configs.
+    field = {field.name: field for field in dataclasses.fields(config)}["r"]
+    assert field.metadata == peft.LoraConfig.__dataclass_fields__["r"].metadata and field.default == 8
+    assert not Settings.__dataclass_fields__["r"].metadata
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
