@@ -19,6 +19,7 @@ from .kbit import require_input_gradients
 from .mapping import PEFT_TYPE_TO_PREFIX_MAPPING, tuner_class
 from .state_dict import LoadResult, apply_fit, fit_state_dict
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .tuner.functional import switched_off
 from .tuner.inject import warn_if_name_in_prefix
 from .tuner.transaction import transaction
 from .tuner.walk import adapter_layers
@@ -60,12 +61,13 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
+        checkpoints = _checkpoints_activations(model)
         with transaction() as undo:
             self.base_model = tuner_class(peft_config)(
                 model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
             )
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            if _checkpoints_activations(model):
+            if checkpoints:
                 undo.push(self._let_gradients_through(model))
             config = getattr(model, "config", None)
             if hasattr(config, "pretraining_tp"):
@@ -212,12 +214,18 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
                 "will be enabled",
                 stacklevel=3,
             )
+        self.base_model.warn_if_bias_is_trained()
         try:
-            self.base_model.disable_adapter_layers()
-            self._adapters_disabled = True
-            yield
+            if disabled == {False}:
+                with switched_off(self.base_model.model):
+                    self._adapters_disabled = True
+                    yield
+            else:
+                self.base_model._enable_adapter_layers(False)
+                self._adapters_disabled = True
+                yield
         finally:
-            if disabled != {True}:
+            if len(disabled) == 2:
                 self.base_model.enable_adapter_layers()
             self._adapters_disabled = was_disabled
 

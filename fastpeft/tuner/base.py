@@ -204,15 +204,19 @@ class BaseTuner(nn.Module, Bridged):
 
     def disable_adapter_layers(self) -> None:
         """Take all adapters out of the forward: the model computes what it did before it was adapted."""
+        self.warn_if_bias_is_trained()
+        self._enable_adapter_layers(False)
+
+    def warn_if_bias_is_trained(self) -> None:
+        """Warn that disabling the adapters leaves the biases as they were trained."""
         for adapter in self.active_adapters:
             bias = getattr(self.peft_config[adapter], "bias", "none")
             if bias != "none":
                 warnings.warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the "
                     "same output as the base model would without adaption.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        self._enable_adapter_layers(False)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for layer in adapter_layers(self.model):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,22 +83,77 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     if not autocast_adapter_dtype:
         return
     for layer in tuner_layers(model):
-        for key, container in list(layer._modules.items()):
+        for key, container in layer._modules.items():
             if key == "base_layer" or not isinstance(container, nn.ModuleDict | nn.ParameterDict):
                 continue
-            if adapter_name not in container:
+            if isinstance(container, nn.ParameterDict):
+                tensor = container._parameters.get(adapter_name)
+                if tensor is not None and tensor.dtype in UPCAST_DTYPES:
+                    container[adapter_name] = tensor.to(torch.float32)
                 continue
-            entry = container[adapter_name]
-            if isinstance(entry, torch.Tensor):
-                if entry.dtype in UPCAST_DTYPES:
-                    container[adapter_name] = entry.to(torch.float32)
-                continue
-            for owner in entry.modules():
-                for name, parameter in list(owner.named_parameters(recurse=False)):
-                    if parameter.dtype in UPCAST_DTYPES:
+            entry = container._modules.get(adapter_name)
+            owners = () if entry is None else entry.modules() if entry._modules else (entry,)
+            for owner in owners:
+                for name, parameter in list(owner._parameters.items()):
+                    if parameter is not None and parameter.dtype in UPCAST_DTYPES:
                         # a new parameter and no assignment to `.data`, which would not reach a DTensor's local shard
                         cast = nn.Parameter(parameter.data.to(torch.float32), requires_grad=parameter.requires_grad)
                         setattr(owner, name, cast)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside the block no adapter takes part in the forward or is trainable; afterwards all is as before.
+
+    The same as `enable_adapters(False)` and back on each layer, but what was trainable is remembered and not worked out
+    again, so that a frozen adapter stays frozen, and hundreds of layers are switched in a millisecond.
+    """
+    layers = list(adapter_layers(model))
+    trained = [p for p in _parameters_of(layers) if p.requires_grad and p.is_leaf]
+    active = [layer._active_adapter for layer in layers]
+    for parameter in trained:
+        parameter.requires_grad = False
+    for layer in layers:
+        if _has_plain_switch(layer):
+            layer._disable_adapters = True
+        else:
+            layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        if list(adapter_layers(model)) != layers or [layer._active_adapter for layer in layers] != active:
+            for layer in adapter_layers(model):  # the adapters were changed meanwhile: work it out
+                layer.enable_adapters(True)
+        else:
+            for layer in layers:
+                if _has_plain_switch(layer):
+                    layer._disable_adapters = False
+                else:
+                    layer.enable_adapters(True)
+                    for parameter in _parameters_of([layer]):
+                        if parameter.is_leaf:
+                            parameter.requires_grad = False
+            for parameter in trained:
+                parameter.requires_grad = True
+
+
+def _has_plain_switch(layer: Any) -> bool:
+    return getattr(type(layer), "enable_adapters", None) is BaseTunerLayer.enable_adapters
+
+
+def _parameters_of(layers: Iterable[Any]) -> list[nn.Parameter]:
+    """The parameters of all adapters of tuner layers, and of the copies in wrappers."""
+    found: list[Any] = []
+    for layer in layers:
+        containers = layer._modules
+        for name in layer.adapter_layer_names:
+            container = containers.get(name)
+            if container is None:
+                continue
+            found += container._parameters.values()
+            for module in container._modules.values():
+                found += module.parameters() if module._modules else module._parameters.values()
+    return [parameter for parameter in found if parameter is not None]
 
 
 def freeze_outside_adapters(model: nn.Module) -> None:

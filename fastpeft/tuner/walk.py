@@ -80,15 +80,16 @@ def wrappers(root: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
 def adapter_parameters(layer: BaseTunerLayer) -> Iterator[tuple[str, nn.Parameter]]:
     """(adapter name, parameter) of a tuner layer."""
     for container_name in layer.adapter_layer_names:
-        container = getattr(layer, container_name)
-        if isinstance(container, nn.ParameterDict):
-            yield from container._parameters.items()  # type: ignore[misc]
-        elif isinstance(container, nn.ModuleDict):
+        container = layer._modules.get(container_name)
+        if isinstance(container, nn.ModuleDict):
             for adapter_name, module in container._modules.items():
                 if module is None:
                     continue
-                parameters = module._parameters.values() if not module._modules else module.parameters()
-                yield from ((adapter_name, p) for p in parameters if p is not None)
+                for parameter in module.parameters() if module._modules else module._parameters.values():
+                    if parameter is not None:
+                        yield adapter_name, parameter
+        elif isinstance(container, nn.ParameterDict):
+            yield from container._parameters.items()  # type: ignore[misc]
 
 
 def submodule_and_parent(root: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
