@@ -13,7 +13,10 @@ from fastpeft.configs import LoraConfig
 from fastpeft.layers.base import embed_scale
 from fastpeft.layers.dora import DoraEmbedding
 from fastpeft.layers.lora import LoraLayer, low_rank_product
+from fastpeft.layers.plain import any_global_hook, bare
 from fastpeft.layers.variants import LoraVariant
+from fastpeft.ops.lora_embedding import lora_embedding
+from fastpeft.ops.products import MAX_RANK
 
 
 class Embedding(LoraLayer, nn.Module):
@@ -72,6 +75,16 @@ class Embedding(LoraLayer, nn.Module):
         scale = embed_scale(self.get_base_layer())
         return product if scale is None else product * scale.to(product.dtype)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the active adapters'; `adapter_names`: one adapter a sample instead."""
+        name = None if args or kwargs else self._only_adapter()
+        base: Any = self._modules["base_layer"]
+        if name is not None and name in self.lora_embedding_A and _is_lookup(base):
+            A, B, scaling = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
+            if type(scaling) in (float, int) and self.r[name] <= MAX_RANK:
+                return lora_embedding(x, base.weight, A, B, scaling, base.padding_idx)
+        return super().forward(x, *args, **kwargs)
+
     def _embed(self, indices: Tensor, weight: Tensor) -> Tensor:
         """F.embedding with the base layer's options."""
         base = self.get_base_layer()
@@ -84,3 +97,10 @@ class Embedding(LoraLayer, nn.Module):
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
+
+
+def _is_lookup(base: Any) -> bool:
+    """Whether the base layer takes rows of its weight and does nothing else."""
+    if type(base) is not nn.Embedding or base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+        return False
+    return bare(base) and not any_global_hook()

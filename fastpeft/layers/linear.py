@@ -58,12 +58,10 @@ class Linear(LoraLayer, nn.Module):
         """The base layer's output plus the active adapters'; `adapter_names`: one adapter a sample instead."""
         # One plain adapter on a plain layer is one operator call. This is the whole cost of Python on a small input, so
         # everything is read from where nn.Module keeps it; and nothing is remembered that could go stale.
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters or self.lora_variant):
-            name: Any = self._active_adapter
-            if type(name) is list and len(name) == 1:
-                name = name[0]
+        name = None if args or kwargs else self._only_adapter()
+        if name is not None:
             modules: dict[str, Any] = self._modules  # type: ignore[assignment]
-            A: Any = modules["lora_A"]._modules.get(name) if type(name) is str else None
+            A: Any = modules["lora_A"]._modules.get(name)
             base = modules["base_layer"]
             if A is not None and type(base) in _PLAIN and bare(base) and not any_global_hook():
                 B = modules["lora_B"]._modules[name]

@@ -176,6 +176,15 @@ class LoraLayer(BaseTunerLayer):
     def _has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self._modules["lora_A"]._modules  # type: ignore[union-attr]
 
+    def _only_adapter(self) -> str | None:
+        """The active adapter, if one plain LoRA adapter is what `forward` has to add to the base."""
+        if self._disable_adapters or self.merged_adapters or self.lora_variant:
+            return None
+        active = self._active_adapter
+        if type(active) is str:
+            return active
+        return active[0] if len(active) == 1 else None
+
     # Scale
 
     def _initial_scaling(self, adapter: str) -> float:
