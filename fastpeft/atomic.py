@@ -1,20 +1,20 @@
 """Replacing files so that a kill at any moment leaves the old ones or the new ones, and never a mixture.
 
 An adapter is two files, config and weights, and a mixture is worse than nothing: new weights under an old `lora_alpha`
-load without complaint. One `os.replace` is atomic, two are not. So where more than one file changes, the switch is made by
-a single rename of a symbolic link that all of them lead through:
+load without complaint. One `os.replace` is atomic, two are not. So where more than one file changes, the switch is made
+by a single rename of a symbolic link that all of them lead through:
 
     adapter_config.json ──┐
                           ├─→ .adapter-x/live ─→ old   then   ─→ new
     adapter_model.… ──────┘
 
 Step by step: (1) stage the new files, and hard links to the old ones; (2) replace each file by a link through `live`,
-which shows the old content still; (3) turn `live` over to the new directory, which is the moment of the change; (4) replace
-each link by the new file itself; (5) remove the stage. Whatever is killed where, every reader, PEFT and vLLM included,
-finds all old or all new. The stage that a kill leaves behind is removed by the next save.
+which shows the old content still; (3) turn `live` over to the new directory, which is the moment of the change; (4)
+replace each link by the new file itself; (5) remove the stage. Whatever is killed where, every reader, PEFT and vLLM
+included, finds all old or all new. The stage that a kill leaves behind is removed by the next save.
 
-Where symbolic links cannot be made (Windows without the privilege, some network drives), the files are replaced one after
-the other, and a kill in the instant between two renames can leave a mixture.
+Where symbolic links cannot be made (Windows without the privilege, some network drives), the files are replaced one
+after the other, and a kill in the instant between two renames can leave a mixture.
 """
 
 from __future__ import annotations

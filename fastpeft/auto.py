@@ -107,15 +107,15 @@ class _BaseAutoPeftModel:
             return getattr(transformers, cls._target_name)
         if config.auto_mapping is None:
             raise ValueError(
-                "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
-                "your task type."
+                "Cannot infer the auto class from the config, please make sure that you are loading the correct model "
+                "for your task type."
             )
         library = config.auto_mapping["parent_library"]
         allowed = IMPORT_ALLOWLIST if import_allowlist is None else import_allowlist
         if not any(library == name or library.startswith(f"{name}.") for name in allowed):
             raise ValueError(
-                f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you are sure that "
-                f"importing this library is safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
+                f"The auto mapping wants to import '{library}' which is not in the import allowlist. If you are sure "
+                f"that importing this library is safe, specify `import_allowlist=['{library}']` in `from_pretrained()`."
             )
         return getattr(importlib.import_module(library), config.auto_mapping["base_model_class"])
 

@@ -20,8 +20,8 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze the model, cast its 16-bit parameters to float32, and if it is quantised checkpoint its activations.
 
-    The cast keeps the norms and the output layer in full precision, which quantised training needs. 4-bit weights and the
-    parameters of formats that must keep theirs are left alone.
+    The cast keeps the norms and the output layer in full precision, which quantised training needs. 4-bit weights and
+    the parameters of formats that must keep theirs are left alone.
 
     Args:
         model: a Transformers model; changed in place and returned.

@@ -96,8 +96,8 @@ def get_peft_model(
 
     if mixed:
         raise UnsupportedOptionError(
-            "get_peft_model(mixed=True): models with adapters of several methods are not implemented in fastpeft; use one "
-            "method, or PEFT."
+            "get_peft_model(mixed=True): models with adapters of several methods are not implemented in fastpeft; use "
+            "one method, or PEFT."
         )
     tuner_class(peft_config)
     old_name = peft_config.base_model_name_or_path

@@ -28,8 +28,9 @@ from .tuner.walk import adapter_layers
 class PeftModel(PushToHubMixin, nn.Module, Bridged):
     """A model with adapters. Adapts `model` in place; use `get_peft_model` to get the class for the task.
 
-    `peft_model.base_model` is the tuner (`LoraModel`), `peft_model.base_model.model` the user's model, so parameters are
-    called `base_model.model.….lora_A.default.weight`. Attributes it does not have are the tuner's, and then the model's.
+    `peft_model.base_model` is the tuner (`LoraModel`), `peft_model.base_model.model` the user's model, so parameters
+    are called `base_model.model.….lora_A.default.weight`. Attributes it does not have are the tuner's, and then the
+    model's.
 
     Args:
         model: the model to adapt.
@@ -69,10 +70,11 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             if checkpoints:
                 undo.push(self._let_gradients_through(model))
-            config = getattr(model, "config", None)
+            config: Any = getattr(model, "config", None)
             if hasattr(config, "pretraining_tp"):
                 undo.attribute(config, "pretraining_tp")
-                config.pretraining_tp = 1  # splitting the weights up to imitate a training run would pass the adapters by
+                # a Llama that splits its products, as its training did, reads the weights past the adapters
+                config.pretraining_tp = 1
 
     @staticmethod
     def _let_gradients_through(model: Any) -> Callable[[], Any]:
@@ -152,7 +154,9 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
     def print_trainable_parameters(self) -> None:
         """Print how many parameters there are, and how many of them are trained."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's update is a weight update, so that an SVD can make a LoRA adapter of it."""
@@ -254,7 +258,8 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
         warn_if_name_in_prefix(adapter_name, PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_config.peft_type, ""))  # type: ignore[arg-type]
         if peft_config.peft_type != self.peft_type:
             raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {peft_config.peft_type}."
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                f"{peft_config.peft_type}."
             )
         with transaction() as undo:
             undo.mapping(self.peft_config)
@@ -303,8 +308,8 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
         """
         if path_initial_model_for_weight_conversion is not None:
             raise UnsupportedOptionError(
-                "save_pretrained: path_initial_model_for_weight_conversion (turning a PiSSA, CorDA or OLoRA adapter into "
-                "plain LoRA) is not implemented in fastpeft; leave it at None."
+                "save_pretrained: path_initial_model_for_weight_conversion (turning a PiSSA, CorDA or OLoRA adapter "
+                "into plain LoRA) is not implemented in fastpeft; leave it at None."
             )
         push = kwargs.pop("push_to_hub", False)
         storage.save_adapters(
@@ -427,7 +432,9 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
         _check_ephemeral(ephemeral_gpu_offload)
         storage.reject_offloaded(self.get_base_model())
         if ignored := storage.not_for_loading(kwargs):
-            warnings.warn(f"load_adapter: {', '.join(ignored)} have no effect on an adapter and are ignored.", stacklevel=2)
+            warnings.warn(
+                f"load_adapter: {', '.join(ignored)} have no effect on an adapter and are ignored.", stacklevel=2
+            )
         is_new = adapter_name not in self.peft_config
         config = storage.load_config(model_id, **kwargs) if is_new else self.peft_config[adapter_name]
         path = storage.find_weights(model_id, use_safetensors=use_safetensors is not False, **kwargs)

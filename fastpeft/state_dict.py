@@ -38,7 +38,7 @@ class AdapterShapeError(AdapterFileError, RuntimeError):
     """A tensor of an adapter has another shape than the model; a `RuntimeError` too, as `load_state_dict` raises."""
 
 
-# ---- whose tensor is it? ----------------------------------------------------------------------------------------------
+# ---- whose tensor is it? --------------------------------------------------------------------------------------------
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -87,7 +87,7 @@ def filter_by_prefixes(state_dict: Mapping[str, Any], prefixes: set[str]) -> dic
 
 def remove_adapter_name(key: str, adapter_name: str) -> str:
     """`a.lora_A.default.weight` → `a.lora_A.weight`; `a.lora_embedding_A.default` → `a.lora_embedding_A`."""
-    if key.endswith(f".lora_magnitude_vector.{adapter_name}.weight"):  # DoRA's: a module in the model, a tensor in files
+    if key.endswith(f".lora_magnitude_vector.{adapter_name}.weight"):  # DoRA's: a module here, a tensor in files
         key = key.removesuffix(".weight")
     if key.endswith(f".{adapter_name}"):
         return key.removesuffix(f".{adapter_name}")
@@ -113,7 +113,7 @@ def _keys_of_adapter(model: Any, state: Mapping[str, Any], adapter_name: str) ->
     return {remove_adapter_name(stored, adapter_name): live for stored, live in keys.items()}
 
 
-# ---- out of a model ---------------------------------------------------------------------------------------------------
+# ---- out of a model -------------------------------------------------------------------------------------------------
 
 
 def get_peft_model_state_dict(
@@ -125,7 +125,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """The tensors of one adapter, under the names they have in an adapter file.
 
-    With them come the biases that the config trains, the `modules_to_save`, and the embeddings if they have to be saved.
+    With them come the biases that the config trains, the `modules_to_save`, and the embeddings if they have to be
+    saved.
 
     Args:
         model: a `PeftModel`, or a model with the adapter injected into it; unwrapped from DDP and the like.
@@ -234,15 +235,16 @@ def _warn_if_sharded(tensors: Mapping[str, Tensor], adapter_name: str) -> None:
     ]
     if bad:
         warnings.warn(
-            f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: {', '.join(bad[:3])}. The model seems "
-            "to be sharded (DeepSpeed ZeRO-3, FSDP) and not gathered. Save inside deepspeed.zero.GatheredParameters(...) "
-            "or FullyShardedDataParallel.summon_full_params(model), or pass the gathered `state_dict`.",
+            f"Adapter {adapter_name!r}: {len(bad)} LoRA tensor(s) have invalid shape: {', '.join(bad[:3])}. The model "
+            "seems to be sharded (DeepSpeed ZeRO-3, FSDP) and not gathered. Save inside "
+            "deepspeed.zero.GatheredParameters(...) or FullyShardedDataParallel.summon_full_params(model), or pass the "
+            "gathered `state_dict`.",
             PeftWarning,
             stacklevel=3,
         )
 
 
-# ---- into a model -----------------------------------------------------------------------------------------------------
+# ---- into a model ---------------------------------------------------------------------------------------------------
 
 
 class Fit(NamedTuple):
@@ -325,8 +327,8 @@ def apply_fit(
             for key, (found, expected) in fit.mismatched.items()
         )
         warnings.warn(
-            f"Some weights of {type(model).__name__} were not initialized from the model checkpoint and are being ignored "
-            f"because you passed `ignore_mismatched_sizes=True`: {listed}.",
+            f"Some weights of {type(model).__name__} were not initialized from the model checkpoint and are being "
+            f"ignored because you passed `ignore_mismatched_sizes=True`: {listed}.",
             stacklevel=3,
         )
     model.load_state_dict(tensors, strict=False, assign=low_cpu_mem_usage)
@@ -370,7 +372,7 @@ def set_peft_model_state_dict(
     )
 
 
-# ---- the base model's tensors -----------------------------------------------------------------------------------------
+# ---- the base model's tensors ---------------------------------------------------------------------------------------
 
 
 def _keys_of_base_model(model: Any) -> dict[str, str]:

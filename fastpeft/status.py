@@ -128,7 +128,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     if isinstance(model, PeftModel):
         root = model.base_model
         if not isinstance(root, BaseTuner):
-            raise TypeError(f"get_layer_status() got an invalid PeftModel instance: its base is a {type(root).__name__}.")
+            raise TypeError(
+                f"get_layer_status() got an invalid PeftModel instance: its base is a {type(root).__name__}."
+            )
     status = [
         _layer_status(name, module)
         for name, module in named_modules(root)

@@ -2,8 +2,8 @@
 
 What is guaranteed. *Saving*: a kill at any moment leaves the adapter that was there or the new one, config and weights
 together (`atomic.py`). *Loading*: only safetensors, unless `use_safetensors=False` asks for a pickled `.bin`, which is
-then read with `weights_only=True`. A file that is missing, damaged, or does not fit the model is an `AdapterFileError` that
-names it, and the model stays as it was.
+then read with `weights_only=True`. A file that is missing, damaged, or does not fit the model is an `AdapterFileError`
+that names it, and the model stays as it was.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .tuner.walk import infer_device
 if TYPE_CHECKING:
     from .model import PeftModel
 
-# ---- saving -----------------------------------------------------------------------------------------------------------
+# ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def save_adapters(
@@ -128,11 +128,11 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-# ---- finding ----------------------------------------------------------------------------------------------------------
+# ---- finding --------------------------------------------------------------------------------------------------------
 
 
 def file_exists_on_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
-    """Is there such a file in a hub repository? None if that cannot be known: offline, no such repository, no answer."""
+    """Is there such a file in a hub repository? None if that cannot be known: offline, or no answer."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -165,7 +165,9 @@ def _download(model_id: str, filename: str, **kwargs: Any) -> str:
         return huggingface_hub.hf_hub_download(model_id, filename, **kwargs)
     except Exception as error:  # whatever the client raises, the user asked for a file that cannot be had
         reason = str(error).strip().partition("\n")[0]
-        raise AdapterFileError(f"Can't find weights: {filename} of {model_id} cannot be had from the hub: {reason}") from error
+        raise AdapterFileError(
+            f"Can't find weights: {filename} of {model_id} cannot be had from the hub: {reason}"
+        ) from error
 
 
 @functools.cache
@@ -207,7 +209,7 @@ def load_config(model_id: str | os.PathLike[str], **kwargs: Any) -> PeftConfig:
     return config
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def find_weights(model_id: str | os.PathLike[str], *, use_safetensors: bool = True, **kwargs: Any) -> str:
@@ -330,8 +332,8 @@ def check_fit(fit: Fit, path: str) -> None:
         problems.append(f"has {len(fit.unexpected)} tensor(s) that the model has no place for: {_some(fit.unexpected)}")
     if problems:
         raise AdapterFileError(
-            f"{path} {' and '.join(problems)}. Is this the model the adapter was trained on, with the same target modules? "
-            "To load what fits all the same, pass strict=False."
+            f"{path} {' and '.join(problems)}. Is this the model the adapter was trained on, with the same target "
+            "modules? To load what fits all the same, pass strict=False."
         )
 
 
@@ -344,6 +346,6 @@ def reject_offloaded(model: Any) -> None:
     device_map = getattr(model, "hf_device_map", None) or {}
     if len(set(device_map.values())) > 1 and {"cpu", "disk"} & set(map(str, device_map.values())):
         raise UnsupportedOptionError(
-            "Loading an adapter into a model that is partly offloaded (device_map with 'cpu' or 'disk') is not implemented "
-            "in fastpeft. Load the model onto one device or onto several GPUs, or use PEFT."
+            "Loading an adapter into a model that is partly offloaded (device_map with 'cpu' or 'disk') is not "
+            "implemented in fastpeft. Load the model onto one device or onto several GPUs, or use PEFT."
         )

@@ -15,9 +15,7 @@ class _PeftModelWithHead(PeftModel):
 
     head_names: ClassVar[tuple[str, ...]]
 
-    def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         self._save_head(peft_config)  # before the adapter is made, so that it stays out of the head
         super().__init__(model, peft_config, adapter_name, **kwargs)
 

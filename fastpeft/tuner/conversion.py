@@ -1,9 +1,9 @@
 """Adapters trained on a model's layout before Transformers 5, used on the layout it has now.
 
 Transformers 5 keeps the experts of an MoE layer as stacked 3-D parameters (`gate_up_proj`, `down_proj`) where it had a
-list of modules with three linear layers each, and has renamed modules of some architectures. A config that names the old
-modules is rewritten to name the parameters, with the rank of the fused ones multiplied so that no information is lost, and
-the old files' tensors are fused accordingly:
+list of modules with three linear layers each, and has renamed modules of some architectures. A config that names the
+old modules is rewritten to name the parameters, with the rank of the fused ones multiplied so that no information is
+lost, and the old files' tensors are fused accordingly:
 
     W₀ += B₀A₀, W₁ += B₁A₁   becomes   [W₀; W₁] += diag(B₀, B₁) · [A₀; A₁]
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 
-# Per family: name of the old module → name of the parameter that holds its weight now. Two names for one parameter: fused,
-# in this order.
+# Per family: name of the old module → name of the parameter that holds its weight now. Two names for one parameter:
+# fused, in this order.
 _FAMILIES: dict[str, dict[str, str]] = {
     "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
     "qwen2_moe": {
@@ -73,7 +73,7 @@ def _fused(renames: Mapping[str, str]) -> dict[str, list[str]]:
     return {new: names for new, names in olds.items() if len(names) > 1}
 
 
-# ---- the config -------------------------------------------------------------------------------------------------------
+# ---- the config -----------------------------------------------------------------------------------------------------
 
 
 def convert_config_for_transformers(config: LoraConfig, model: nn.Module) -> None:
@@ -138,7 +138,7 @@ def _resolve(config: LoraConfig, model: nn.Module, renames: Mapping[str, str]) -
     return matched
 
 
-# ---- the tensors ------------------------------------------------------------------------------------------------------
+# ---- the tensors ----------------------------------------------------------------------------------------------------
 
 
 def fuse_A(experts: list[list[Tensor]]) -> Tensor:
@@ -147,13 +147,13 @@ def fuse_A(experts: list[list[Tensor]]) -> Tensor:
 
 
 def fuse_B(experts: list[list[Tensor]]) -> Tensor:
-    """`experts[i][e]` (N, r): B of old module i in expert e. Returns (n·N, n·r·E): block-diagonal, experts innermost."""
+    """`experts[i][e]` (N, r): B of old module i in expert e. Returns (n·N, n·r·E), block-diagonal, expert by expert."""
     blocks = torch.stack([torch.block_diag(*parts) for parts in zip(*experts)])  # (E, n·N, n·r)
     return blocks.permute(2, 0, 1).flatten(0, 1).T.contiguous()
 
 
 def convert_adapter_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Tensor], known: Container[str]
+    model: Any, state_dict: Mapping[str, Tensor], known: Container[str]
 ) -> dict[str, Tensor]:
     """The tensors of an adapter file under the names, and in the shapes, of the model's present layout.
 
@@ -162,7 +162,7 @@ def convert_adapter_state_dict(
         state_dict: as read from the file; keys with or without `base_model.model.`, without the adapter's name.
         known: keys that the model has; they are left alone.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     tables, model_type = _conversion_module(), _model_type(inner)
     if tables is None or model_type is None or tables.get_checkpoint_conversion_mapping(model_type) is None:
         return dict(state_dict)

@@ -16,9 +16,7 @@ from .trainable import set_wrapper_adapter
 from .walk import adapter_layers, tuner_layers, wrappers
 
 # Adapters of these types are trained in float32; the 8-bit floats exist only in some builds of torch.
-_UPCAST_NAMES = (
-    "float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"  # fmt: skip
-)
+_UPCAST_NAMES = "float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"  # fmt: skip
 UPCAST_DTYPES = frozenset(getattr(torch, name) for name in _UPCAST_NAMES.split() if hasattr(torch, name))
 
 
@@ -36,9 +34,7 @@ def set_adapter(
     set_wrapper_adapter(model, adapter_name, inference_mode=inference_mode)
     for layer in tuner_layers(model, layer_cls):
         if layer.merged:
-            warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
-            )
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             layer.unmerge()
         layer.set_adapter(adapter_name, inference_mode=inference_mode)
 
@@ -52,9 +48,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def check_adapters_not_merged(model: nn.Module, adapter_name: str) -> None:
     """Raise `ValueError` if a layer has the adapter merged into its weight."""
     if any(adapter_name in layer.merged_adapters for layer in tuner_layers(model)):
-        raise ValueError(
-            f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-        )
+        raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
 
 
 def delete_adapter(

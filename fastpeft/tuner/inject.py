@@ -105,9 +105,9 @@ def check_target_module_compatibility(model: nn.Module, target_name: str) -> Non
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if target_name in MAMBA_UNSUPPORTED_MODULES and isinstance(model_type, str) and model_type in MAMBA_MODEL_TYPES:
         raise ValueError(
-            f"Module {target_name!r} is incompatible with Mamba-based models (model_type={model_type!r}), whose kernels "
-            f"use its weight directly. Incompatible modules: {sorted(MAMBA_UNSUPPORTED_MODULES)}. Please remove it from "
-            "`target_modules`."
+            f"Module {target_name!r} is incompatible with Mamba-based models (model_type={model_type!r}), whose "
+            f"kernels use its weight directly. Incompatible modules: {sorted(MAMBA_UNSUPPORTED_MODULES)}. Please "
+            "remove it from `target_modules`."
         )
 
 
@@ -233,9 +233,9 @@ def _no_match_message(config: LoraConfig, names: _Names) -> str:
             message += f" Names in the model that come close: {', '.join(close)}."
     else:
         message = (
-            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules "
-            "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may also "
-            "have only targeted modules that are marked to be saved (`modules_to_save`)."
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You "
+            "may also have only targeted modules that are marked to be saved (`modules_to_save`)."
         )
     if config.layers_to_transform is not None:
         message += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
@@ -266,7 +266,7 @@ def _finish(
 
 
 def warn_if_name_in_prefix(adapter_name: str, prefix: str) -> None:
-    """A name like "lora" is found in every key of a state dict, so that files of such an adapter cannot be read back."""
+    """A name like "lora" is in every key of a state dict, so that files of such an adapter cannot be read back."""
     if adapter_name in prefix:
         warnings.warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "

@@ -95,7 +95,9 @@ def merge_tasks(
     if method in ("linear", "svd"):
         return task_arithmetic(tasks, weights)
     if density is None:
-        raise ValueError(f"combination_type={method!r} prunes the adapters: pass `density`, the share to keep (0 to 1).")
+        raise ValueError(
+            f"combination_type={method!r} prunes the adapters: pass `density`, the share to keep (0 to 1)."
+        )
     if method == "magnitude_prune":
         return magnitude_prune(tasks, weights, density)
     if method == "dare_linear":

@@ -35,7 +35,7 @@ def per_sample_adapters(tuner: BaseTuner, adapter_names: Sequence[str], num_beam
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers = [m for m in adapter_layers(tuner.model) if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
+    layers: list[Any] = [m for m in adapter_layers(tuner.model) if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
     known: set[str] = set()
     for layer in layers:
         if isinstance(layer, LoraLayer):

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 
 
 @contextmanager
-def onload(layer: nn.Module) -> Iterator[None]:
+def onload(layer: Any) -> Iterator[None]:
     """Have the layer's weights in place inside the block, and what was changed there kept afterwards.
 
     A weight that came from disk stays in CPU memory then, since the file has the old value.
     """
-    hooks = [
+    hooks: list[tuple[Any, Any]] = [
         (module, module._hf_hook)
         for name, module in layer.named_modules()
         if name and getattr(getattr(module, "_hf_hook", None), "offload", False)
     ]
     for module, hook in hooks:
-        hook.pre_forward(module)  # type: ignore[operator, union-attr]
+        hook.pre_forward(module)
     yield
     for module, hook in hooks:
         if module is getattr(layer, "base_layer", None):
             tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            hook.weights_map = {name: tensor.data.to("cpu") for name, tensor in tensors}  # type: ignore[union-attr]
-        hook.post_forward(module, torch.tensor([]))  # type: ignore[operator, union-attr]
+            hook.weights_map = {name: tensor.data.to("cpu") for name, tensor in tensors}
+        hook.post_forward(module, torch.tensor([]))

@@ -1,4 +1,4 @@
-"""`target_parameters`: adapters on parameters that are no module's `weight`, like the stacked experts of an MoE layer."""
+"""`target_parameters`: adapters on parameters that are no module's `weight`, like the experts of an MoE layer."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def _target(model: nn.Module, module_name: str, parameter_name: str) -> Any:
     outermost = model.get_submodule(plain_name)
     if isinstance(outermost, BaseTunerLayer) and not isinstance(outermost, ParamWrapper):
         raise ValueError(
-            f"Trying to wrap an `nn.Parameter` of layer '{plain_name}' of type {type(outermost).__name__}, which is not a "
-            "valid target. Make sure that this layer is not also targeted with `target_modules`. For some models, PEFT "
-            "will do this automatically, try setting `target_modules=[]` to prevent it."
+            f"Trying to wrap an `nn.Parameter` of layer '{plain_name}' of type {type(outermost).__name__}, which is "
+            "not a valid target. Make sure that this layer is not also targeted with `target_modules`. For some "
+            "models, PEFT will do this automatically, try setting `target_modules=[]` to prevent it."
         )
     wrapper: Any = outermost
     while isinstance(wrapper, ParamWrapper):

@@ -133,9 +133,7 @@ def unmatched_patterns(patterns: Mapping[str, Any] | None, keys: Iterable[str]) 
     )
 
 
-def find_minimal_target_modules(
-    target_modules: Collection[str], other_module_names: Collection[str]
-) -> set[str]:
+def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
     """The shortest suffixes that match all of `target_modules` and none of `other_module_names`.
 
     A list of hundreds of full names (as a converter writes it) becomes `{"q_proj", "v_proj"}`: faster to match, and
@@ -186,7 +184,8 @@ def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> LoraConfi
     if not is_all_linear(config.target_modules):
         return config
     head = _output_layer(model, config)
-    linear = (nn.Linear, conv1d_class()) if conv1d_class() else (nn.Linear,)
+    conv1d = conv1d_class()
+    linear = (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
     names = set()
     for name, module in named_modules(model, into_adapters=False):
         if isinstance(module, BaseTunerLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -62,9 +62,9 @@ def warn_if_tied(model: nn.Module, config: LoraConfig) -> None:
     affected = affected or any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in config.modules_to_save or ())
     if affected and names_tied_with_embedding(model):
         warnings.warn(
-            "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is "
-            "not set to True. This can lead to complications, for example when merging the adapter or converting your "
-            "model to formats other than safetensors. Check the discussion here: "
+            "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` "
+            "is not set to True. This can lead to complications, for example when merging the adapter or converting "
+            "your model to formats other than safetensors. Check the discussion here: "
             "https://github.com/huggingface/peft/issues/2777",
             stacklevel=2,
         )
@@ -85,20 +85,19 @@ def warn_before_merge(targeted_module_names: list[str], tie_word_embeddings: boo
         )
 
 
-def untie_config_after_merge(model: nn.Module) -> None:
+def untie_config_after_merge(model: Any) -> None:
     """Set `tie_word_embeddings=False` if the two weights are no longer the same tensor."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
     try:
-        weights = [
-            getattr(get(), "weight", None)
-            for get in (model.get_input_embeddings, model.get_output_embeddings)  # type: ignore[union-attr]
+        weights: list[Any] = [
+            getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings)
         ]
     except (AttributeError, NotImplementedError):
         return
     if all(w is not None for w in weights) and weights[0].data_ptr() != weights[1].data_ptr():
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        config.tie_word_embeddings = False
         warnings.warn(
             "Input and output embeddings are no longer tied after merging. "
             "Setting `tie_word_embeddings=False` in the model config.",

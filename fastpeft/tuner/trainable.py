@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -68,9 +68,10 @@ def _wrap(
     if isinstance(grandparent, BaseTunerLayer):
         raise ValueError(
             f"modules_to_save={name!r} matches {key!r}, a part of an adapter layer ({type(grandparent).__name__}). "
-            f"Please ensure that the adapter name, {adapter_name!r}, does not conflict with any of the targeted modules."
+            f"Please ensure that the adapter name, {adapter_name!r}, does not conflict with any of the targeted "
+            "modules."
         )
-    wrapper = next((m for m in (grandparent, target) if isinstance(m, ModulesToSaveWrapper)), None)
+    wrapper: Any = next((m for m in (grandparent, target) if isinstance(m, ModulesToSaveWrapper)), None)
     if wrapper is not None:
         is_new = adapter_name not in wrapper._adapters
         wrapper.update(adapter_name)

@@ -30,18 +30,19 @@ class Undo:
 
     def attributes(self, obj: Any) -> None:
         """Remember all attributes of a plain object (a config), to be called before it is changed."""
-        before = dict(obj.__dict__)
-        self.push(lambda: (obj.__dict__.clear(), obj.__dict__.update(before)))
+        self.mapping(obj.__dict__)
 
     def attribute(self, obj: Any, name: str) -> None:
         """Remember one attribute, or its absence, to be called before it is changed."""
-        before = obj.__dict__.get(name, _MISSING)
-        self.push(lambda: obj.__dict__.pop(name, None) if before is _MISSING else obj.__dict__.__setitem__(name, before))
+        attributes = obj.__dict__
+        before = attributes.get(name, _MISSING)
+        self.push(lambda: attributes.pop(name, None) if before is _MISSING else attributes.update({name: before}))
 
     def mapping(self, mapping: dict[Any, Any]) -> None:
         """Remember the entries of a dictionary, to be called before it is changed."""
         before = dict(mapping)
-        self.push(lambda: (mapping.clear(), mapping.update(before)))
+        self.push(lambda: mapping.update(before))
+        self.push(mapping.clear)
 
     def replace_module(self, parent: nn.Module, name: str, new: nn.Module) -> None:
         """Put `new` in the place of `parent.name`."""

@@ -92,7 +92,7 @@ def adapter_parameters(layer: BaseTunerLayer) -> Iterator[tuple[str, nn.Paramete
             yield from container._parameters.items()  # type: ignore[misc]
 
 
-def submodule_and_parent(root: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+def submodule_and_parent(root: nn.Module, key: str) -> tuple[nn.Module, Any, str]:
     """(parent, module, name in the parent) of the module named `key`."""
     parent_key, _, name = key.rpartition(".")
     return root.get_submodule(parent_key), root.get_submodule(key), name

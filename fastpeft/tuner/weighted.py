@@ -66,15 +66,15 @@ def add_weighted_adapter(
         majority_sign_method: `"total"` or `"frequency"`: what elects the sign for TIES.
 
     Raises:
-        ValueError: an adapter does not exist, adapts parameters, shares a `modules_to_save` module with another one, has
-            another rank where the type needs equal ranks, or the type is unknown.
+        ValueError: an adapter does not exist, adapts parameters, shares a `modules_to_save` module with another one,
+            has another rank where the type needs equal ranks, or the type is unknown.
     """
     if adapter_name in tuner.peft_config:
         return
     if len(weights) != len(adapters):
         raise ValueError(f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
-    combination_type, rank, target_modules = _check(tuner, adapters, combination_type, svd_rank)
-    method = combination_type.removesuffix("_svd")
+    kind, rank, target_modules = _check(tuner, adapters, combination_type, svd_rank)
+    method = kind.removesuffix("_svd")
     with transaction() as undo, torch.no_grad():
         undo.mapping(tuner.peft_config)
         tuner.peft_config[adapter_name] = replace(
@@ -93,11 +93,13 @@ def add_weighted_adapter(
                 continue
             parts = [(name, w) for name, w in zip(adapters, weights) if _factors(layer, name) is not None]
             if not parts:
-                raise ValueError(f"None of the adapters {adapters} has weights in a layer that {adapter_name!r} targets.")
+                raise ValueError(
+                    f"None of the adapters {adapters} has weights in a layer that {adapter_name!r} targets."
+                )
             A, B = new
-            if combination_type == "cat":
+            if kind == "cat":
                 _concatenate(layer, parts, A, B)
-            elif combination_type.endswith("svd"):
+            elif kind.endswith("svd"):
                 names, scales = [name for name, _ in parts], [w for _, w in parts]
                 deltas = [layer.get_delta_weight(name) for name in names]
                 delta = merge_tasks(
