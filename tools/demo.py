@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported: the GGUF reader has a bar of its own
 
 import torch
 from demo_assets import default_cache, small_talk, smollm2

@@ -219,7 +219,8 @@ def finetune(options: FinetuneOptions) -> int:
         with console.status("sampling answers before training"):
             before = answers.generate(model, tokenizer, rows.prompts, rows.dialogue, options.max_new_tokens)
     ensure_peft_names()
-    model = _adapted(options, model)
+    with console.status("adding the adapter" + (", fusing, and verifying what was fused" if options.patch else "")):
+        model = _adapted(options, model)
     show_start(options, rows, model, template, device, dtype, arguments, checkpoint)
 
     interrupts = Interrupts(lambda: warn("finishing this step, then saving a checkpoint (again: quit at once)"))
