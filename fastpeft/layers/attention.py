@@ -135,7 +135,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
             for parameter, delta in (*self._merge_deltas(name), *inner._merge_deltas(name)):
                 sums[id(parameter)] = sums.get(id(parameter), parameter) + delta.to(parameter.dtype)
         slots = ((base, "in_proj_weight"), (base, "in_proj_bias"), (out, "weight"), (out, "bias"))
-        return [(m, n, sums[id(m._parameters[n])]) for m, n in slots if id(m._parameters[n]) in sums]
+        return [(m, n, sums[id(getattr(m, n))]) for m, n in slots if id(getattr(m, n)) in sums]
 
     def _check_forward_args(self, x: Any, *args: Any, **kwargs: Any) -> None:
         if "adapter_names" in kwargs:
@@ -182,7 +182,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
         for _, name, value in self._adapted():
             if name == wanted:
                 return value
-        return self.get_base_layer()._parameters[wanted]
+        return getattr(self.get_base_layer(), wanted)
 
     @property
     def out_proj(self) -> nn.Module:

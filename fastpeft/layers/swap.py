@@ -13,15 +13,16 @@ from torch import Tensor, nn
 def swapped(*loans: tuple[nn.Module, str, Tensor | None]) -> Iterator[None]:
     """Inside, `module.name` is the tensor given; behind, the very parameter it was, whatever happens inside.
 
-    The base weights are never written, so they keep their bits, and autograd sees the tensors' history.
+    The base weights are never written, so they keep their bits, and autograd sees the tensors' history. FSDP lends
+    a module its gathered weights as plain attributes, which stand before its parameters: then those are replaced.
     """
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for module, name, tensor in loans:
-            parameters: dict[str, Any] = module._parameters
-            kept.append((parameters, name, parameters[name]))
-            parameters[name] = tensor
+            holder: dict[str, Any] = module.__dict__ if name in module.__dict__ else module._parameters
+            kept.append((holder, name, holder[name]))
+            holder[name] = tensor
         yield
     finally:
-        for parameters, name, original in reversed(kept):
-            parameters[name] = original
+        for holder, name, original in reversed(kept):
+            holder[name] = original
