@@ -21,7 +21,19 @@ from .auto import (
     AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
 )
 from .configs import (
+    CordaConfig as CordaConfig,
+)
+from .configs import (
+    EvaConfig as EvaConfig,
+)
+from .configs import (
+    LoftQConfig as LoftQConfig,
+)
+from .configs import (
     LoraConfig as LoraConfig,
+)
+from .configs import (
+    LoraGAConfig as LoraGAConfig,
 )
 from .configs import (
     LoraRuntimeConfig as LoraRuntimeConfig,
@@ -74,6 +86,8 @@ from .ops.backend import backend as backend
 from .patch import patch as patch
 from .patch import report as report
 from .patch import unpatch as unpatch
+from .prepare import preprocess_corda as preprocess_corda
+from .prepare import preprocess_loraga as preprocess_loraga
 from .state_dict import (
     get_base_model_state_dict as get_base_model_state_dict,
 )

@@ -300,17 +300,15 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
             selected_adapters: names; None: all.
             save_embedding_layers: whether to add the embeddings; `"auto"`: if they are adapted or were resized.
             is_main_process: False: write nothing (but take part in gathering the state).
-            path_initial_model_for_weight_conversion: turn a PiSSA-like adapter into plain LoRA: not implemented.
+            path_initial_model_for_weight_conversion: the directory that the adapter was saved to before its training.
+                With it an adapter that changed the base weight (PiSSA, OLoRA, CorDA, LoRA-GA) is written as plain LoRA
+                for the original one, of twice the rank.
             kwargs: `state_dict`: the model's, if it was gathered already; `push_to_hub=True` and its arguments.
 
         Raises:
-            ValueError: the path is a file, or an adapter does not exist.
+            ValueError: the path is a file, or an adapter does not exist, or it cannot be converted.
+            AdapterFileError: the adapter in `path_initial_model_for_weight_conversion` does not fit.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise UnsupportedOptionError(
-                "save_pretrained: path_initial_model_for_weight_conversion (turning a PiSSA, CorDA or OLoRA adapter "
-                "into plain LoRA) is not implemented in fastpeft; leave it at None."
-            )
         push = kwargs.pop("push_to_hub", False)
         storage.save_adapters(
             self,
@@ -319,6 +317,7 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
+            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
             state_dict=kwargs.pop("state_dict", None),
         )
         if push and is_main_process:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from . import atomic
+from . import atomic, plain_lora
 from .configs import CONFIG_CLASSES, PeftConfig
 from .errors import AdapterFileError, UnsupportedOptionError
 from .mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -45,6 +45,7 @@ def save_adapters(
     selected_adapters: list[str] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write adapters into a directory; see `PeftModel.save_pretrained`."""
@@ -67,7 +68,12 @@ def save_adapters(
         )
         if is_main_process:
             target = directory if name == "default" else directory / name
-            write_adapter(target, _config_to_save(model, name), tensors, safe_serialization, _auto_mapping(model, name))
+            config = _config_to_save(model, name)
+            if path_initial_model_for_weight_conversion is not None:
+                source = path_initial_model_for_weight_conversion
+                config = plain_lora.of_twice_the_rank(config)
+                tensors = plain_lora.minus_initial(tensors, load_peft_weights(source, "cpu"), os.fspath(source))
+            write_adapter(target, config, tensors, safe_serialization, _auto_mapping(model, name))
 
 
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:

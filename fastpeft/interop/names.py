@@ -195,6 +195,8 @@ HOMES: dict[str, str] = {
     "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
+    "fastpeft.prepare": "preprocess_corda preprocess_loraga",
+    "fastpeft.prepare.lora_ga": "estimate_gradients",
     "fastpeft.state_dict": _STATE,
     "fastpeft.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "fastpeft.storage": "load_peft_weights",
