@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -154,8 +155,8 @@ def _show(report: dict[str, Any]) -> None:
     table = Table(
         box=box.ROUNDED,
         border_style="faint",
-        title=f"[bold]{report['model']}[/bold]  [faint]{report['layers']} layers, {weights} parameters",
-        caption=f"LoRA r={options['r']} on {options['target_modules']}{dropout}, "
+        title=f"[bold]{escape(report['model'])}[/bold]  [faint]{report['layers']} layers, {weights} parameters",
+        caption=f"LoRA r={options['r']} on {escape(options['target_modules'])}{dropout}, "
         f"{options['batch']} × {options['seq']} tokens, {report['dtype']}, "
         f"{report['device']}{threads}; medians of {options['steps']} interleaved steps",
     )
@@ -222,4 +223,4 @@ def _draw(options: BenchOptions, report: dict[str, Any]) -> None:
         written += f", {options.out / 'bench.png'}"
     else:
         warn("no chart drawn: matplotlib is not installed (pip install matplotlib)")
-    console.print(f"[faint]written to[/faint] {written}")
+    console.print(f"[faint]written to[/faint] {escape(written)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 import fastpeft
 from fastpeft.cli.console import console, facts, quiet_libraries, warn
@@ -191,13 +194,18 @@ def finetune(options: FinetuneOptions) -> int:
         CommandError: something the user can mend; says what and how.
     """
     quiet_libraries()
+    _check_place()
     from transformers import AutoConfig
+    from transformers.trainer_callback import TrainerState
 
     from fastpeft.cli import samples as answers
-    from fastpeft.cli.training import Interrupts, RowTrainer, TrainingDisplay, last_checkpoint
+    from fastpeft.cli.training import Interrupts, RowTrainer, TrainingDisplay, checkpoint_step, last_checkpoint
 
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    if options.resume and _finished(options):
+        console.print(f"The run in {options.out} is finished: there is nothing to continue.", markup=False)
+        return 0
     _prepare_out(options)
     checkpoint = last_checkpoint(options.out / "checkpoints") if options.resume else None
     if options.resume and checkpoint is None:
@@ -235,11 +243,16 @@ def finetune(options: FinetuneOptions) -> int:
     )
     trainer.lengths, trainer.update_steps_per_epoch = rows.train.lengths, per_epoch
     _drop_printer(trainer)
-    try:
-        with interrupts:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        display.stop()
+    if checkpoint is not None and checkpoint_step(checkpoint) >= arguments.max_steps:
+        # Killed between its last step and its end. Given such a checkpoint the Trainer would take one step more.
+        fastpeft.set_peft_model_state_dict(model, fastpeft.load_peft_weights(str(checkpoint)))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        try:
+            with interrupts:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            display.stop()
     done = trainer.state.global_step >= trainer.state.max_steps
     history = trainer.state.log_history
     if done:
@@ -261,7 +274,10 @@ def finetune(options: FinetuneOptions) -> int:
         console.print(
             facts(
                 f"Interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}",
-                {"checkpoint": str(last_checkpoint(options.out / "checkpoints")), "continue": _resume_command(options)},
+                {
+                    "checkpoint": escape(str(last_checkpoint(options.out / "checkpoints"))),
+                    "continue": f"[bold]{escape(_resume_command(options))}[/bold]",
+                },
                 style="yellow",
             )
         )
@@ -270,6 +286,24 @@ def finetune(options: FinetuneOptions) -> int:
         console.print(answers.samples_table(pairs))
     show_end(options, metrics, curve)
     return 0
+
+
+def _check_place() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise CommandError("training needs the accelerate package: pip install 'fastpeft[train]'")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError(
+            "this command trains in one process; for several, put fastpeft.get_peft_model and fastpeft.patch into a "
+            "script of your own with Transformers' Trainer"
+        )
+
+
+def _finished(options: FinetuneOptions) -> bool:
+    try:
+        status = json.loads((options.out / METRICS_FILE).read_text("utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return status == "finished" and (options.out / "adapter_config.json").exists()
 
 
 def _check_run(options: FinetuneOptions, rows: _Rows) -> None:

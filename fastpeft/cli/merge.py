@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 import fastpeft
 from fastpeft.cli.console import console, facts, number, quiet_libraries
@@ -83,9 +84,9 @@ def merge(adapter: str, out: Path, model: str | None, dtype: str, overwrite: boo
         facts(
             "Merged",
             {
-                "base": base,
-                "adapter": adapter,
-                "model": f"[bold]{out}[/bold]  [faint]{number(merged.num_parameters())} parameters, {bits}"
+                "base": escape(base),
+                "adapter": escape(adapter),
+                "model": f"[bold]{escape(str(out))}[/bold]  [faint]{number(merged.num_parameters())} parameters, {bits}"
                 + ("" if tokenizer is not None else ", no tokenizer found")
                 + "[/faint]",
                 "check": f"logits differ from base + adapter by at most {worst:.1e}  "

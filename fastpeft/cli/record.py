@@ -37,28 +37,31 @@ def show_start(
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     train = rows.train
-    held = f", {len(rows.held)} held back" if rows.held else ""
-    counts = {"cut short": train.truncated, "dropped as too long": train.dropped}
-    notes = [f"{count} {what}" for what, count in counts.items() if count]
+    share = 100 * trainable / total
     lengths = sorted(train.lengths)
+    facts_of_data = [f"{len(train):,} rows"]
+    if rows.held:
+        facts_of_data.append(f"{len(rows.held)} held back")
+    facts_of_data.append(f"{number(sum(lengths))} tokens ({number(train.learnt_tokens)} learnt)")
+    facts_of_data.append(f"median {lengths[len(lengths) // 2]}")
+    facts_of_data.append(f"longest {lengths[-1]}")
+    counts = {"cut short": train.truncated, "dropped as too long": train.dropped}
+    facts_of_data += [f"{count} {what}" for what, count in counts.items() if count]
     console.print(
         facts(
             "fastpeft finetune",
             {
-                "model": f"[bold]{options.model}[/bold]  [faint]{number(total - trainable)} parameters, "
+                "model": f"[bold]{escape(options.model)}[/bold]  [faint]{number(total - trainable)} parameters, "
                 f"{str(dtype).removeprefix('torch.')} on {where}[/faint]",
-                "data": f"[bold]{options.data}[/bold]  [faint]{len(train):,} rows{held}, {number(sum(lengths))} tokens "
-                f"({number(train.learnt_tokens)} learnt), median {lengths[len(lengths) // 2]}, longest {lengths[-1]}"
-                + ("; " + ", ".join(notes) if notes else "")
-                + "[/faint]",
-                **({"template": f"[faint]{template}[/faint]"} if rows.dialogue else {}),
-                "adapter": f"LoRA r={options.r} on {options.target_modules}  [faint]{number(trainable)} trainable "
-                f"({100 * trainable / total:.2f}%), dropout {options.dropout:g}[/faint]",
+                "data": f"[bold]{escape(options.data)}[/bold]  [faint]{', '.join(facts_of_data)}[/faint]",
+                **({"template": f"[faint]{escape(template)}[/faint]"} if rows.dialogue else {}),
+                "adapter": f"LoRA r={options.r} on {escape(options.target_modules)}  "
+                f"[faint]{number(trainable)} trainable ({share:.2f}%), dropout {options.dropout:g}[/faint]",
                 "fused": _patch_line(options, model),
                 "schedule": f"{arguments.max_steps} steps of {options.batch}"
                 + (f" × {options.grad_accum}" if options.grad_accum > 1 else "")
                 + f"  [faint]lr {options.lr:g}, {options.schedule}, {arguments.warmup_steps} warm-up[/faint]",
-                **({"resuming": f"[yellow]{checkpoint}[/yellow]"} if checkpoint else {}),
+                **({"resuming": f"[yellow]{escape(str(checkpoint))}[/yellow]"} if checkpoint else {}),
             },
         )
     )
@@ -163,9 +166,9 @@ def draw(options: FinetuneOptions, metrics: dict[str, Any]) -> bool:
 def show_end(options: FinetuneOptions, metrics: dict[str, Any], curve: bool) -> None:
     from fastpeft.cli.plots import terminal_curve
 
-    summary = metrics["summary"]
+    summary, out = metrics["summary"], escape(str(options.out))
     lines = terminal_curve([row["loss"] for row in metrics["train"]], width=min(64, console.width - 16))
-    if lines:
+    if lines and console.encoding.startswith("utf"):
         console.print(Panel(Text(lines, "cyan"), title="[bold]Loss[/bold]", title_align="left", expand=False))
     evals = ""
     if summary["first_eval_loss"] is not None:
@@ -177,9 +180,9 @@ def show_end(options: FinetuneOptions, metrics: dict[str, Any], curve: bool) -> 
                 "loss": f"{summary['first_loss']:.3f} → [bold]{summary['final_loss']:.3f}[/bold]{evals}",
                 "speed": f"{number(summary['tokens_per_second'] or 0)} tokens/s, {duration(summary['train_seconds'])}, "
                 f"peak memory {size(summary['peak_memory_bytes'])}",
-                "adapter": f"[bold]{options.out}[/bold]",
-                "log": str(options.out / METRICS_FILE) + (f", {options.out / CURVE_FILE}" if curve else ""),
-                "merge": f"fastpeft merge --adapter {options.out} --out {options.out}-merged",
+                "adapter": f"[bold]{out}[/bold]",
+                "log": f"{out}/{METRICS_FILE}" + (f", {out}/{CURVE_FILE}" if curve else ""),
+                "merge": f"fastpeft merge --adapter {out} --out {out}-merged",
             },
             style="green",
         )

@@ -220,9 +220,15 @@ class TrainingDisplay(TrainerCallback):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; one whose writing was cut short lacks trainer_state.json, written last."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit() and (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists():
-            found.append((int(step), path))
-    return max(found)[1] if found else None
+    complete = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if checkpoint_step(path) >= 0 and (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists()
+    ]
+    return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 if it has none."""
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1

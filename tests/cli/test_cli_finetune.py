@@ -137,10 +137,22 @@ def test_interrupted_and_resumed_is_the_same_run(
         assert torch.equal(resumed[name], value), name
 
 
+def test_a_run_killed_after_its_last_step_is_completed(run: Callable, fastpeft_command: Callable) -> None:
+    out = run("out", "--steps", 2)
+    wanted = (out / "adapter_model.safetensors").read_bytes()
+    assert "nothing to continue" in fastpeft_command("finetune", "--resume", "--out", out).output.replace("\n", " ")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json"):
+        (out / name).unlink()
+    fastpeft_command("finetune", "--resume", "--out", out)
+    assert (out / "adapter_model.safetensors").read_bytes() == wanted
+    assert metrics(out)["status"] == "finished" and len(metrics(out)["train"]) == 2
+
+
 def test_what_a_resumed_run_may_not_change(run: Callable, fastpeft_command: Callable, data: Path) -> None:
     out = run("out", "--steps", 1)
     said = fastpeft_command("finetune", "--resume", "--out", out, "--lr", 0.5, code=2).output
     assert "--lr 0.5 differs from the run being resumed (0.01)" in said
+    (out / "metrics.json").unlink()  # as if killed before the end
     write_rows(data, rows(25))
     assert "has changed since the run" in fastpeft_command("finetune", "--resume", "--out", out, code=2).output.replace(
         "\n", " "
