@@ -56,28 +56,41 @@ class Linear(LoraLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters'; `adapter_names`: one adapter a sample instead."""
-        # One plain adapter on a plain layer is one operator call. This is the whole cost of Python on a small input, so
-        # everything is read from where nn.Module keeps it; and nothing is remembered that could go stale.
-        name = None if args or kwargs else self._only_adapter()
-        if name is not None:
-            modules: dict[str, Any] = self._modules  # type: ignore[assignment]
-            A: Any = modules["lora_A"]._modules.get(name)
-            base = modules["base_layer"]
-            if A is not None and type(base) in _PLAIN and bare(base) and not any_global_hook():
-                B = modules["lora_B"]._modules[name]
-                dropout = modules["lora_dropout"]._modules[name]
-                scaling, p = self.scaling[name], dropout_probability(dropout)
-                if type(A) is type(B) is nn.Linear and type(scaling) in _NUMBERS and bare(A) and bare(B) and p < 1.0:
-                    own: Any = base._parameters
-                    weight = own.get("weight")
-                    if weight is not None and B._parameters["bias"] is None and self.r[name] <= MAX_RANK:
-                        a: Any = A._parameters["weight"]
-                        b: Any = B._parameters["weight"]
-                        if self.cast_input_dtype_enabled or x.dtype == a.dtype:
-                            if type(base) is not nn.Linear and self.is_target_conv_1d_layer:
-                                weight = weight.t()
-                            return lora_linear(x, weight, own["bias"], a, b, scaling, p)
+        if not args and not kwargs:
+            operands = self._operands(x)
+            if operands is not None:
+                return lora_linear(x, *operands)
         return super().forward(x, *args, **kwargs)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float] | None:
+        """The operands of `lora_linear` after x, if one plain adapter on a plain layer is all there is to compute.
+
+        This is the whole cost of Python on a small input, so everything is read from where nn.Module keeps it; and
+        nothing is remembered that could go stale. FSDP keeps parameters elsewhere, and goes the general way.
+        """
+        own = self.__dict__
+        active = own["_active_adapter"]
+        name = active[0] if type(active) is list and len(active) == 1 else active
+        if own["_disable_adapters"] or own["merged_adapters"] or own["lora_variant"] or type(name) is not str:
+            return None
+        modules = own["_modules"]
+        A, base = modules["lora_A"]._modules.get(name), modules["base_layer"]
+        if A is None or type(base) not in _PLAIN or any_global_hook():
+            return None
+        B, scaling = modules["lora_B"]._modules[name], own["scaling"][name]
+        dropout = modules["lora_dropout"]._modules[name]
+        p = 0.0 if type(dropout) is nn.Identity else dropout_probability(dropout)
+        if not (type(A) is type(B) is nn.Linear and bare(base, A, B)) or p >= 1.0 or type(scaling) not in _NUMBERS:
+            return None
+        of_base, of_B = base._parameters, B._parameters
+        weight, lora_A, lora_B = of_base.get("weight"), A._parameters.get("weight"), of_B.get("weight")
+        if weight is None or lora_A is None or lora_B is None or of_B["bias"] is not None or own["r"][name] > MAX_RANK:
+            return None
+        if not own["cast_input_dtype_enabled"] and x.dtype != lora_A.dtype:
+            return None
+        if type(base) not in _ROWS_ARE_OUTPUTS:
+            weight = weight.t()
+        return weight, of_base["bias"], lora_A, lora_B, scaling, p
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         result = None
@@ -88,7 +101,8 @@ class Linear(LoraLayer, nn.Module):
         return result
 
 
-_PLAIN: set[type] = {nn.Linear, NonDynamicallyQuantizableLinear}  # forward is x Wᵀ + bias and nothing else
+_ROWS_ARE_OUTPUTS = (nn.Linear, NonDynamicallyQuantizableLinear)
+_PLAIN: set[type] = set(_ROWS_ARE_OUTPUTS)  # forward is x Wᵀ + bias and nothing else; Conv1D joins when it is first met
 _NUMBERS = (float, int)
 
 

@@ -62,7 +62,7 @@ def mixed_linear(layer: LoraLayer, x: Tensor, adapter_names: list[str]) -> Tenso
         s = (s * _constant(_wide_scale, own, ranks, scaling, s)).flatten(0, 1)
         y = result.reshape(-1, result.shape[-1])
         stacked = torch.cat(Bs, dim=1).t()
-        y = torch.addmm(y, s, stacked) if y.dtype == s.dtype else y + (s @ stacked).to(y.dtype)
+        y = torch.addmm(y, s, stacked) if y.dtype == s.dtype else (y + s @ stacked).to(y.dtype)
     else:
         r, index = max(ranks), _constant(_row_of, own, ranks, scaling, rows)
         A = torch.stack([F.pad(a, (0, 0, 0, r - a.shape[0])) for a in As])[index]
@@ -70,7 +70,7 @@ def mixed_linear(layer: LoraLayer, x: Tensor, adapter_names: list[str]) -> Tenso
         s = torch.bmm(rows, A.mT)
         s = s * _constant(_sample_scale, own, ranks, scaling, s)
         y = result.reshape(len(own), -1, result.shape[-1])
-        y = torch.baddbmm(y, s, B.mT) if y.dtype == s.dtype else y + torch.bmm(s, B.mT).to(y.dtype)
+        y = torch.baddbmm(y, s, B.mT) if y.dtype == s.dtype else (y + torch.bmm(s, B.mT)).to(y.dtype)
     return y.view(result.shape)
 
 

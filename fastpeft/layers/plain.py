@@ -10,19 +10,22 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 __all__ = ["any_global_hook", "bare", "dropout_probability"]
 
 
-def bare(module: Any) -> bool:
-    """Whether calling the module runs its class's forward and nothing else: no hook of its own, no replaced forward.
+def bare(*modules: Any) -> bool:
+    """Whether calling each module runs its class's forward and nothing else: no hook of its own, no replaced forward.
 
     Hooks on all modules are another question, `any_global_hook()`.
     """
-    own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return False
+    return True
 
 
 def dropout_probability(dropout: Any) -> float:
