@@ -30,6 +30,14 @@ def dot(b_a, b_b, b_acc):
 
 
 @triton.jit
+def dot_mixed(b_a, b_b, b_acc):
+    """`dot` of operands that may differ in dtype: in fp32 if they do."""
+    if b_a.dtype == b_b.dtype:
+        return dot(b_a, b_b, b_acc)
+    return dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc)
+
+
+@triton.jit
 def split_bf16(b_v):
     """fp32 `b_v` as a sum of two bfloat16 blocks, right to 16 bits."""
     b_high = cast(b_v, tl.bfloat16)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -48,9 +49,25 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]
     return torch.accelerator.device_index(tensor.device.index)
 
 
+def config(warps: int, stages: int, **blocks: int) -> dict[str, Any]:
+    """Keyword arguments of a launch. Fusing a * b + c is asked for: Triton 3.10 will no longer do it by default."""
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 def power_of_two(n: int, least: int, most: int) -> int:
     """The smallest power of two >= n, kept within least … most."""
     return max(least, min(most, triton.next_power_of_2(max(n, 1))))
+
+
+def per_pass(members: int, most: int) -> int:
+    """How many members a pass takes when it can take `most`: as few passes as that allows, of even size."""
+    passes = triton.cdiv(members, max(most, 1))
+    return triton.cdiv(members, passes)
+
+
+def aligned(*matrices: torch.Tensor) -> bool:
+    """True if every row starts on 16 elements and 16 bytes: what Triton needs to know for vector loads."""
+    return all(t.data_ptr() % 16 == 0 and (t.stride(0) % 16 == 0 or t.stride(1) % 16 == 0) for t in matrices)
 
 
 def unit_columns(matrix: torch.Tensor) -> torch.Tensor:
@@ -62,6 +79,16 @@ def require_unit_columns(name: str, matrix: torch.Tensor) -> None:
     """Error for a result to be written in place that has no contiguous rows."""
     if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
         raise ValueError(f"{name}: rows must be contiguous (any row stride), got strides {tuple(matrix.stride())}")
+
+
+def require_float(**tensors: torch.Tensor) -> None:
+    """Error for a dtype the kernels do not have."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(
+                f"{name} is {tensor.dtype}; the Triton kernels take bfloat16, float16 and float32, the reference "
+                "backend takes any"
+            )
 
 
 def padded(values: Sequence[float], count: int = MEMBERS) -> list[float]:
@@ -92,5 +119,5 @@ def sum_partials(parts: torch.Tensor, out: torch.Tensor) -> None:
         return
     count = parts.shape[0]
     sum_parts_kernel[(triton.cdiv(out.numel(), 512),)](
-        parts, out, out.numel(), count, BP=power_of_two(count, 1, 8), BN=512, num_warps=4
+        parts, out, out.numel(), count, **config(4, 1, BP=power_of_two(count, 1, 8), BN=512)
     )

@@ -10,23 +10,24 @@ programs go through an fp32 workspace and a second pass in a fixed order: the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ._device import cast, dot, pick
-from ._launch import chunks, limits, on_device, padded, partials, power_of_two, splits_for, sum_partials
+from ._launch import chunks, config, limits, on_device, padded, partials, per_pass, power_of_two, splits_for, sum_partials
 from .philox import keep_mask, threshold
 
 
 @triton.jit(do_not_specialize=["M"])
 def _expand_backward_kernel(
-    p_dy, p_s, p_b, p_ds, p_db, M, N, R, m_part,
+    p_dy, p_s, p_b, p_ds, p_db, c, M, N, R, m_part,
     stride_dym, stride_sm, stride_bn, stride_ds_part, stride_db_part,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """ds over BN columns and dB over `m_part` rows. Whole rank: BR >= R."""
+    """ds = dy B over BN columns and dB = c dyᵀ s over `m_part` rows. Whole rank: BR >= R."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_r = tl.arange(0, BR)
     m_n = o_n < N
@@ -47,7 +48,7 @@ def _expand_backward_kernel(
         b_s = tl.load(p_s + o_m[:, None].to(tl.int64) * stride_sm + o_r[None, :], mask=m_mr, other=0.0)
         b_acc = dot(tl.trans(b_dy), cast(b_s, b_b.dtype), b_acc)
     p_block = p_db + tl.program_id(1).to(tl.int64) * stride_db_part + o_n[:, None].to(tl.int64) * R + o_r[None, :]
-    tl.store(p_block, cast(b_acc, p_db.dtype.element_ty), mask=m_nr)
+    tl.store(p_block, cast(b_acc * c, p_db.dtype.element_ty), mask=m_nr)
 
 
 @triton.jit(do_not_specialize=["threshold", "M", "i_first", "members"])
@@ -109,20 +110,24 @@ def _shrink_backward_kernel(
         tl.store(p_out, cast(b_da, p_da.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 
 
-def _expand_backward_tile(R: int, M: int, bits32: bool) -> dict[str, int] | None:
-    """BM, BN, BR, warps, stages; None where dB's sums would not stay in registers.
+def _expand_backward_tile(R: int, M: int, bits32: bool) -> dict[str, Any] | None:
+    """The tile; None where dB's sums would not stay in registers.
 
-    BR * BN = 4096 … 8192 sums for 128 threads: the wider the panel, the fewer partial sums of ds (N / BN of them).
+    BR * BN = 4096 … 8192 sums (fp32: 1024) for 128 threads: the wider the panel, the fewer partial sums of ds (N / BN of them).
     """
     BR = power_of_two(R, 16, 1024)
     if BR > (32 if bits32 else 128):
         return None
-    BN = min(256, (2048 if bits32 else 8192) // BR)
-    return {"BM": power_of_two(M, 16, 32), "BN": BN, "BR": BR, "num_warps": 4, "num_stages": 2 if bits32 else 3}
+    BN = min(256, (1024 if bits32 else 8192) // BR)
+    return config(warps=4, stages=2 if bits32 else 3, BM=power_of_two(M, 16, 32), BN=BN, BR=BR)
 
 
-def expand_backward(dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor, ds: torch.Tensor, dB: torch.Tensor) -> bool:
-    """ds (M, r) and dB (N, r), both contiguous, from one pass over dy (M, N). False, nothing done: the rank is too large.
+def expand_backward(
+    dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor, ds: torch.Tensor, dB: torch.Tensor, c: float = 1.0
+) -> bool:
+    """ds (M, r) = dy B and dB (N, r) = c dyᵀ s, both contiguous, from one pass over dy (M, N).
+
+    False, and nothing is done, where the rank is too large for that.
 
     All operands have contiguous rows and M, N > 0.
     """
@@ -137,7 +142,7 @@ def expand_backward(dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor, ds: torc
     ds_work, dB_work = partials(panels, ds), partials(parts, dB)
     with on_device(dy):
         _expand_backward_kernel[(panels, parts)](
-            dy, s, B, ds_work, dB_work, M, N, R, per_part * tile["BM"],
+            dy, s, B, ds_work, dB_work, c, M, N, R, per_part * tile["BM"],
             dy.stride(0), s.stride(0), B.stride(0), ds.numel(), dB.numel(), **tile,
         )  # fmt: skip
         sum_partials(ds_work, ds)
@@ -145,18 +150,18 @@ def expand_backward(dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor, ds: torc
     return True
 
 
-def _shrink_backward_tile(R: int, members: int, M: int, bits32: bool) -> dict[str, int] | None:
-    """G, BM, BK, BR, warps, stages; None where the sums of one member (BR x BK) would not stay in registers.
+def _shrink_backward_tile(R: int, members: int, M: int, bits32: bool) -> dict[str, Any] | None:
+    """The tile; None where the sums of one member (BR x BK) would not stay in registers.
 
     BK = 64 columns are one 128-byte line of a 16-bit x, and give enough programs that dA rarely needs a second pass.
     """
     BR = power_of_two(R, 16, 1024)
-    most = 32 if bits32 else 128
+    most = 16 if bits32 else 64
     if BR > most:
         return None
-    G = power_of_two(members, 1, max(1, most // BR))
-    BM = power_of_two(M, 16, 32 if bits32 else 64)
-    return {"G": G, "BM": BM, "BK": 64, "BR": BR, "num_warps": 4, "num_stages": 2}
+    G = per_pass(members, most // BR)
+    BM = power_of_two(M, 16, 16 if bits32 else 32)
+    return config(warps=4, stages=2, G=G, BM=BM, BK=64, BR=BR)
 
 
 def shrink_backward(

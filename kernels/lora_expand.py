@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot, pick
-from ._launch import MEMBERS, chunks, on_device, power_of_two, unit_columns
+from ._device import cast, dot_mixed, pick
+from ._launch import MEMBERS, chunks, config, on_device, power_of_two, unit_columns
 from .philox import keep_mask, threshold
 
 
@@ -28,11 +29,20 @@ def tiles_of_members(splits: Sequence[int], BN: int) -> tuple[int, tuple[int, ..
     return tiles[-1], tuple(tiles[:3]), tuple(accumulate(sizes))
 
 
+@triton.jit
+def _rim_step(p_s, p_b, o_r, R, stride_br, m_m, m_n, b_acc):
+    """b_acc + s[:, o_r] B[:, o_r]ᵀ."""
+    m_r = o_r < R
+    b_s = tl.load(p_s + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
+    b_b = tl.load(p_b + o_r[:, None].to(tl.int64) * stride_br, mask=m_r[:, None] & m_n[None, :], other=0.0)
+    return dot_mixed(b_s, b_b, b_acc)
+
+
 @triton.jit(do_not_specialize=["threshold", "M", "i_first", "t1", "t2", "t3", "tiles"])
 def _expand_kernel(
     p_y, p_s, p_b, p_seed, c, threshold, M, R, i_first, tiles, t1, t2, t3, n1, n2, n3, n4,
     stride_ym, stride_sm, stride_bn, stride_br,
-    DROP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    DROP: tl.constexpr, LOOP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] += c · mask · Σ_j s[m, gR + j] B[n, j] for a BM x BN tile of member g."""
     i_t = tl.program_id(0) % tiles
@@ -42,17 +52,13 @@ def _expand_kernel(
     m_m = o_m < M
     m_n = o_n < n_end
     b_acc = tl.zeros((BM, BN), tl.float32)
-    for i_r in range(0, R, BR):
-        o_r = i_r + tl.arange(0, BR)
-        m_r = o_r < R
-        p_block = p_s + o_m[:, None].to(tl.int64) * stride_sm + (i_g * R + o_r)[None, :]
-        b_s = tl.load(p_block, mask=m_m[:, None] & m_r[None, :], other=0.0)
-        p_block = p_b + o_n[None, :].to(tl.int64) * stride_bn + o_r[:, None].to(tl.int64) * stride_br
-        b_b = tl.load(p_block, mask=m_r[:, None] & m_n[None, :], other=0.0)
-        if b_s.dtype == b_b.dtype:
-            b_acc = dot(b_s, b_b, b_acc)
-        else:
-            b_acc = dot(b_s.to(tl.float32), b_b.to(tl.float32), b_acc)
+    p_s += o_m[:, None].to(tl.int64) * stride_sm + i_g * R
+    p_b += o_n[None, :].to(tl.int64) * stride_bn
+    if LOOP:
+        for i_r in range(0, R, BR):
+            b_acc = _rim_step(p_s, p_b, i_r + tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc)
+    else:
+        b_acc = _rim_step(p_s, p_b, tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc)
     b_acc *= c
     if DROP:
         o_c8 = i_n // 8 + tl.arange(0, BN // 8)
@@ -64,10 +70,11 @@ def _expand_kernel(
     tl.store(p_block, cast(b_y, p_y.dtype.element_ty), mask=m_mn)
 
 
-def _expand_tile(R: int, M: int, bits32: bool) -> dict[str, int]:
-    """64 fp32 sums a thread (32 in fp32, whose operands also live in registers)."""
+def _expand_tile(R: int, M: int, bits32: bool) -> dict[str, Any]:
+    """32 fp32 sums a thread, and as many elements of y."""
     BM = power_of_two(M, 16, 32 if bits32 else 64)
-    return {"BM": BM, "BN": 128, "BR": power_of_two(R, 16, 32 if bits32 else 64), "num_warps": 4, "num_stages": 2}
+    BR = power_of_two(R, 16, 32 if bits32 else 64)
+    return config(warps=BM // 8, stages=2, BM=BM, BN=128, BR=BR, LOOP=R > BR)
 
 
 def _launch(

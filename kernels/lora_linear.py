@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._launch import require_unit_columns, unit_columns
+from ._launch import require_float, require_unit_columns, unit_columns
 from .lora_backward import expand_backward, shrink_backward
 from .lora_expand import add_product, expand_members
 from .lora_outer import outer_product
@@ -33,12 +33,14 @@ def lora_shrink(
     x: torch.Tensor, A: torch.Tensor, scaling: Sequence[float], p: float = 0.0, seed: torch.Tensor | None = None
 ) -> torch.Tensor:
     """s_g = c_g (mask_g ∘ x) A_gᵀ -> (M, G·r) in A's dtype. One pass over x."""
+    require_float(x=x, A=A)
     out = torch.empty((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device)
     return shrink_into(out, x, A, scaling, p, seed)
 
 
 def lora_expand_(y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, splits: Sequence[int]) -> None:
     """y_g += s_g B_gᵀ in place; y (M, sum(splits)) of any row stride. One pass over y."""
+    require_float(y=y, s=s, B=B)
     require_unit_columns("y", y)
     if sum(splits) != B.shape[0] or y.shape[1] != B.shape[0]:
         raise ValueError(f"splits {list(splits)} must add up to the {B.shape[0]} rows of B and the columns of y {tuple(y.shape)}")
@@ -50,6 +52,7 @@ def lora_expand_backward(dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor) -> 
 
     One pass over dy up to rank 128 (32 in fp32); beyond, one for ds and one for every 64 columns of dB.
     """
+    require_float(dy=dy, s=s, B=B)
     M, N = dy.shape
     ds = torch.empty((M, B.shape[1]), dtype=s.dtype, device=dy.device)
     dB = torch.empty(B.shape, dtype=B.dtype, device=B.device)
@@ -73,8 +76,9 @@ def lora_shrink_backward(
 ) -> torch.Tensor:
     """dA_g = c_g ds_gᵀ (mask_g ∘ x) -> (G·r, K) in A's dtype; dx += Σ_g c_g mask_g ∘ (ds_g A_g) in place when given.
 
-    One pass over x and dx with each mask made once, up to 128 columns of ds (32 in fp32); beyond, several.
+    One pass over x and dx with each mask made once, up to 64 columns of ds (16 in fp32); beyond, several.
     """
+    require_float(ds=ds, x=x, A=A)
     M, K = x.shape
     if dx is not None:
         require_unit_columns("dx", dx)
@@ -102,6 +106,7 @@ def lora_linear_wide(
     splits: Sequence[int],
 ) -> torch.Tensor:
     """y_g = x W_gᵀ + b_g + s_g B_gᵀ -> (M, N) in x's dtype: base and adapter in one kernel, y written once."""
+    require_float(x=x, weight=weight, s=s, B=B)
     if sum(splits) != weight.shape[0] or B.shape[0] != weight.shape[0]:
         raise ValueError(f"splits {list(splits)} must add up to the rows of weight {tuple(weight.shape)} and B {tuple(B.shape)}")
     return wide(unit_columns(x), weight, bias, unit_columns(s), B, splits)
@@ -117,5 +122,6 @@ def lora_linear_wide_backward(
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dx = dy W + Σ_g c_g mask_g ∘ (ds_g A_g) -> (M, K) in dy's dtype, written once."""
+    require_float(dy=dy, weight=weight, ds=ds, A=A)
     c, R, drop = members_of(scaling, A.shape[0], p)
     return wide_backward(unit_columns(dy), weight, unit_columns(ds), unit_columns(A), c, R, p if drop else 0.0, seed)

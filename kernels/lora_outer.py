@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 
 from ._device import cast, dot, pick
-from ._launch import chunks, limits, on_device, padded, partials, power_of_two, splits_for, sum_partials, unit_columns
+from ._launch import (
+    chunks,
+    config,
+    limits,
+    on_device,
+    padded,
+    partials,
+    power_of_two,
+    splits_for,
+    sum_partials,
+    unit_columns,
+)
 from .philox import keep_mask, threshold
 
 
@@ -63,7 +74,8 @@ def outer_product(
     R = t.shape[1] // len(c)
     bits32 = t.dtype == torch.float32
     BR = power_of_two(R, 16, 32 if bits32 else 64)
-    tile = {"BM": power_of_two(M, 16, 32 if bits32 else 64), "BK": 64 if bits32 else 128, "BR": BR}
+    BM = power_of_two(M, 16, 32 if bits32 else 64)
+    tile = config(warps=4, stages=2 if bits32 else 3, BM=BM, BK=64 if bits32 else 128, BR=BR)
     programs = triton.cdiv(K, tile["BK"]) * triton.cdiv(R, BR) * len(c)
     steps = triton.cdiv(M, tile["BM"])
     parts, per_part = splits_for(programs, steps, 4, limits(x.device).multiprocessors)
@@ -78,7 +90,7 @@ def outer_product(
                 t[:, first * R :], x, work[..., first * R :, :], seed if threshold(p) else None,
                 *padded(c[first:last]), threshold(p), M, K, R, first, per_part * tile["BM"],
                 t.stride(0), x.stride(0), work.stride(-2), work.stride(-1), out.numel(),
-                DROP=threshold(p) > 0, **tile, num_warps=4, num_stages=2 if bits32 else 3,
+                DROP=threshold(p) > 0, **tile,
             )  # fmt: skip
         if parts > 1:
             flat = out if out.is_contiguous() else out.t()

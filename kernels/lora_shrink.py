@@ -7,6 +7,7 @@ ds = dy B, with A = Bᵀ, where the rank is too large to ride along in the fused
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,10 +16,12 @@ import triton.language as tl
 from ._device import cast, dot, pick
 from ._launch import (
     chunks,
+    config,
     limits,
     on_device,
     padded,
     partials,
+    per_pass,
     power_of_two,
     splits_for,
     sum_partials,
@@ -92,15 +95,13 @@ def members_of(scaling: Sequence[float], rows: int, p: float) -> tuple[list[floa
     return [kept_scale(c, p) for c in scaling], rows // len(scaling), drop
 
 
-def _shrink_tile(R: int, members: int, M: int, bits32: bool) -> dict[str, int]:
-    """G, BM, BK, BR, warps and stages of the shrink kernel.
-
-    At most 64 fp32 sums a thread (BM * BR * G <= 8192 for 128 threads), and a stage of x of 16 KiB.
-    """
+def _shrink_tile(R: int, members: int, M: int, bits32: bool, drop: bool) -> dict[str, Any]:
+    """At most 64 fp32 sums a thread, and a stage of x of 16 KiB; of less where sums or masks need the registers."""
     BR = power_of_two(R, 16, 64 if bits32 else 128)
     BM = power_of_two(M, 16, 32 if bits32 else 64)
-    G = power_of_two(members, 1, max(1, (64 if bits32 else 128) // BR))
-    return {"G": G, "BM": BM, "BK": 32 if bits32 else 128, "BR": BR, "num_warps": 4, "num_stages": 2 if bits32 else 3}
+    G = per_pass(members, (64 if bits32 else 128) // BR)
+    BK = 32 if bits32 or (drop and G > 1) else 64 if drop or BR > 64 else 128
+    return config(warps=4, stages=2 if bits32 else 3, G=G, BM=BM, BK=BK, BR=BR)
 
 
 def shrink_into(
@@ -112,7 +113,7 @@ def shrink_into(
         return out
     x = unit_columns(x)
     c, R, drop = members_of(scaling, A.shape[0], p)
-    tile = _shrink_tile(R, min(len(c), 4), M, A.dtype == torch.float32)
+    tile = _shrink_tile(R, min(len(c), 4), M, A.dtype == torch.float32, drop)
     programs = triton.cdiv(M, tile["BM"]) * triton.cdiv(R, tile["BR"]) * triton.cdiv(len(c), tile["G"])
     # A part of fewer than 1024 columns costs more in the second pass than it saves.
     steps = triton.cdiv(K, tile["BK"])

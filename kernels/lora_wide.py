@@ -10,13 +10,14 @@ second accumulator is needed, and the result is written once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ._device import cast, dot, dot_rim, pick
-from ._launch import MEMBERS, limits, on_device, padded, power_of_two
+from ._launch import MEMBERS, aligned, config, limits, on_device, padded, power_of_two
 from .lora_expand import add_product, member_of_tile, tiles_of_members
 from .philox import keep_mask, threshold
 
@@ -134,30 +135,49 @@ _TILES_16 = (
     (128, 256, 64, 8, 3, 1.0),
     (128, 128, 64, 8, 3, 0.85),
     (64, 128, 64, 4, 3, 0.65),
+    (64, 128, 64, 8, 3, 0.6),
     (64, 64, 64, 4, 3, 0.45),
     (16, 128, 64, 4, 3, 0.15),
 )
-_TILES_32 = ((64, 64, 16, 4, 2, 1.0), (16, 64, 16, 4, 2, 0.5))
+_TILES_32 = ((64, 64, 16, 4, 2, 1.0), (32, 64, 16, 4, 2, 0.8), (16, 64, 16, 4, 2, 0.5))
 
 
-def wide_tile(M: int, N: int, bits32: bool, single: bool, device: torch.device) -> dict[str, int]:
+def wide_tile(M: int, N: int, sums: int, bits32: bool, device: torch.device) -> dict[str, Any]:
     """The tile of least estimated time, waves * work / rate, among those whose stages fit in shared memory.
 
-    `single`: one accumulator. With two (members masked or scaled apart), a 128 x 256 tile would spill.
+    `sums`: fp32 sums that a thread may keep, the rest of its registers being taken.
     """
     limit = limits(device)
     size = 4 if bits32 else 2
     best, least = None, float("inf")
     for BM, BN, BK, warps, stages, rate in _TILES_32 if bits32 else _TILES_16:
-        fits = (BM + BN) * BK * size * stages <= limit.shared_bytes
-        if not fits or (BM * BN > 128 * 128 and not single):
+        if (BM + BN) * BK * size * stages > limit.shared_bytes or BM * BN > sums * 32 * warps:
             continue
         waves = triton.cdiv(triton.cdiv(M, BM) * triton.cdiv(N, BN), limit.multiprocessors)
         if waves * BM * BN / rate < least:
             best, least = (BM, BN, BK, warps, stages), waves * BM * BN / rate
     if best is None:
         raise RuntimeError(f"no tile of the fused LoRA product fits in {limit.shared_bytes} bytes of shared memory")
-    return dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), best, strict=True))
+    BM, BN, BK, warps, stages = best
+    return config(warps=warps, stages=stages, BM=BM, BN=BN, BK=BK)
+
+
+def _sums(operand: torch.Tensor, weight: torch.Tensor, adapter: torch.Tensor, masked: bool) -> int:
+    """How many sums a thread may keep.
+
+    Half where members are masked or scaled apart, which takes a second accumulator and the mask; a quarter if the
+    adapter is split in two besides, or where rows are not aligned: only vector loads go past the registers.
+    """
+    if operand.dtype == torch.float32:
+        return 16 if masked else 32
+    if not aligned(operand, weight) or (masked and adapter.dtype == torch.float32):
+        return 32
+    return 64 if masked else 128
+
+
+def _rank_step(R: int, adapter: torch.Tensor, tile: dict[str, Any]) -> int:
+    """BR: the rim's operands are loaded beside the accumulator, so they are kept small where that is large."""
+    return power_of_two(R, 16, 16 if adapter.dtype == torch.float32 or tile["BN"] == 256 else 32)
 
 
 def wide(
@@ -175,13 +195,13 @@ def wide(
         y[:, n:] = wide(x, weight[n:], None if bias is None else bias[n:], s[:, R:], B[n:], splits[MEMBERS:])
         return y
     R = B.shape[1]
-    tile = wide_tile(M, N, x.dtype == torch.float32, True, x.device)
+    tile = wide_tile(M, N, _sums(x, weight, B, False), x.dtype == torch.float32, x.device)
     tiles, t, n = tiles_of_members(splits, tile["BN"])
     with on_device(x):
         _wide_kernel[(triton.cdiv(M, tile["BM"]) * tiles,)](
             x, weight, bias, s, B, y, M, K, R, tiles, *t, *n,
             x.stride(0), weight.stride(0), weight.stride(1), s.stride(0), B.stride(0), B.stride(1), y.stride(0),
-            HAS_BIAS=bias is not None, EVEN=K % tile["BK"] == 0, GROUP=8, BR=power_of_two(R, 16, 64), **tile,
+            HAS_BIAS=bias is not None, EVEN=K % tile["BK"] == 0, GROUP=8, BR=_rank_step(R, B, tile), **tile,
         )  # fmt: skip
     return y
 
@@ -196,13 +216,13 @@ def wide_backward(
     if dx.numel() == 0:
         return dx
     drop, n = threshold(p) > 0, min(len(c), MEMBERS)
-    tile = wide_tile(M, K, dy.dtype == torch.float32, n == 1, dy.device)
+    tile = wide_tile(M, K, _sums(dy, weight, A, n > 1 or drop), dy.dtype == torch.float32, dy.device)
     tiles = triton.cdiv(K, tile["BN"])
     with on_device(dy):
         _wide_backward_kernel[(triton.cdiv(M, tile["BM"]) * tiles,)](
             dy, weight, ds, A, dx, seed if drop else None, *padded(c[:n]), threshold(p), M, N, K, R, n, tiles,
             dy.stride(0), weight.stride(0), weight.stride(1), ds.stride(0), A.stride(0), dx.stride(0),
-            DROP=drop, SINGLE=n == 1, EVEN=N % tile["BK"] == 0, GROUP=8, BR=power_of_two(R, 16, 64), **tile,
+            DROP=drop, SINGLE=n == 1, EVEN=N % tile["BK"] == 0, GROUP=8, BR=_rank_step(R, A, tile), **tile,
         )  # fmt: skip
     for g in range(n, len(c)):
         rank = slice(g * R, (g + 1) * R)

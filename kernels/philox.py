@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import on_device
+from ._launch import config, on_device
 
 STEPS = 65536  # p is realised in steps of 1 / 65536
 
@@ -58,5 +58,5 @@ def dropout_mask(seed: torch.Tensor, rows: int, columns: int, member: int, p: fl
         return mask.bool()
     grid = (triton.cdiv(rows, 16), triton.cdiv(columns, 256))
     with on_device(seed):
-        _mask_kernel[grid](mask, seed, threshold(p), rows, columns, member, BM=16, BC=256, num_warps=4)
+        _mask_kernel[grid](mask, seed, threshold(p), rows, columns, member, **config(4, 1, BM=16, BC=256))
     return mask.bool()

@@ -1,0 +1,240 @@
+"""Registers, spills, shared memory and tensor-core instructions of every Triton kernel, without a GPU.
+
+    python tools/kernel_report.py                      # all cases, four targets, a Markdown table
+    python tools/kernel_report.py --case wide --target 90 --json
+
+The launchers of `fastpeft.kernels` run as they are; each launch is compiled for the target instead of started, by the
+compiler and assembler that Triton ships, and the machine code is read with its cuobjdump. A spill is an access to local
+memory (STL, LDL) in that code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels are compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from fastpeft.kernels import _launch, lora_embedding, lora_linear, philox
+
+# (multiprocessors, shared bytes a program may use) that tiles are chosen for: A100, H100, B200, RTX 5090.
+TARGETS = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024), 120: (170, 99 * 1024)}
+MATRIX = {"mma": r"\bHMMA\.", "wgmma": r"\bHGMMA\.", "tcgen05": r"\bUTC\w*MMA"}
+
+
+class _Compiler:
+    """Stands in for Triton's driver: names a target, has no device."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton caches compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[object]]:
+    """Within, `kernel[grid](...)` compiles for sm_<arch>; yields the list the compiled kernels are appended to."""
+    compiled: list[object] = []
+    run, launch_limits = JITFunction.run, _launch._limits
+
+    def warm_up(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    JITFunction.run = warm_up
+    _launch._limits = lambda kind, index: _launch.Limits(*TARGETS[arch])
+    triton.runtime.driver.set_active(_Compiler(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, _launch._limits = run, launch_limits
+
+
+def measure(kernel: object) -> dict[str, object]:
+    """Registers, spills, shared memory and matrix instructions of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    row: dict[str, object] = {
+        "kernel": kernel.metadata.name.strip("_").removesuffix("_kernel"),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stages": kernel.metadata.num_stages,
+        "ptx_wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+    }
+    row["mma"] = {name: n for name, pattern in MATRIX.items() if (n := len(re.findall(pattern, sass)))}
+    return row
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _linear(operator: str, r: int, members: int = 1, p: float = 0.0, M: int = 4096, x: torch.dtype = BF16,
+            a: torch.dtype | None = None, dx: bool = True, N: int = 4096, K: int = 4096) -> Callable[[], object]:  # fmt: skip
+    a = a or x
+
+    def call() -> object:
+        new, seed, scaling = torch.empty, torch.zeros(1, dtype=torch.int64), [2.0] * members
+        X, Y, W = new(M, K, dtype=x), new(M, N * members, dtype=x), new(N * members, K, dtype=x)
+        A, B, S = new(members * r, K, dtype=a), new(N * members, r, dtype=a), new(M, members * r, dtype=a)
+        seed = seed if p else None
+        return {
+            "shrink": lambda: lora_linear.lora_shrink(X, A, scaling, p, seed),
+            "expand": lambda: lora_linear.lora_expand_(Y, S, B, [N] * members),
+            "expand_backward": lambda: lora_linear.lora_expand_backward(Y, S, B),
+            "shrink_backward": lambda: lora_linear.lora_shrink_backward(S, X, A, scaling, p, seed, X if dx else None),
+            "wide": lambda: lora_linear.lora_linear_wide(X, W, X[0, :1].expand(N * members), S, B, [N] * members),
+            "wide_backward": lambda: lora_linear.lora_linear_wide_backward(Y, W, S, A, scaling, p, seed),
+        }[operator]()
+
+    return call
+
+
+def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
+    def call() -> object:
+        index = torch.zeros(4096, dtype=torch.int64)
+        W, A, B = torch.empty(32000, 4096, dtype=dtype), torch.empty(r, 32000, dtype=dtype), torch.empty(4096, r, dtype=dtype)
+        lora_embedding.lora_embedding(index, W, A, B, 2.0)
+        return lora_embedding.lora_embedding_backward(torch.empty(4096, 4096, dtype=dtype), index, A, B, 2.0)
+
+    return call
+
+
+# What is worth compiling: every kernel, in each of the tile configurations that its launcher can choose.
+CASES: dict[str, Callable[[], object]] = {
+    "philox mask": lambda: philox.dropout_mask(torch.zeros(1, dtype=torch.int64), 64, 4096, 0, 0.05),
+    "shrink r16": _linear("shrink", 16),
+    "shrink r16 dropout": _linear("shrink", 16, p=0.05),
+    "shrink r16 x3 dropout": _linear("shrink", 16, 3, p=0.05),
+    "shrink r64 x2 dropout": _linear("shrink", 64, 2, p=0.05),
+    "shrink r512": _linear("shrink", 512),
+    "shrink r512 dropout": _linear("shrink", 512, p=0.05),
+    "shrink r16 one row": _linear("shrink", 16, M=1),
+    "shrink r16 fp16": _linear("shrink", 16, x=FP16),
+    "shrink r16 bf16 x fp32 A dropout": _linear("shrink", 16, p=0.05, a=FP32),
+    "shrink r16 x3 fp32 dropout": _linear("shrink", 16, 3, p=0.05, x=FP32),
+    "shrink r512 fp32": _linear("shrink", 512, x=FP32),
+    "shrink r16 K odd": _linear("shrink", 16, p=0.05, K=4095),
+    "expand r16": _linear("expand", 16),
+    "expand r16 N odd": _linear("expand", 16, N=4095),
+    "expand r16 x3": _linear("expand", 16, 3),
+    "expand r512": _linear("expand", 512),
+    "expand r16 one row": _linear("expand", 16, M=1),
+    "expand r16 bf16 y fp32 B": _linear("expand", 16, a=FP32),
+    "expand r512 fp32": _linear("expand", 512, x=FP32),
+    "expand_backward r16": _linear("expand_backward", 16),
+    "expand_backward r32": _linear("expand_backward", 32),
+    "expand_backward r64": _linear("expand_backward", 64),
+    "expand_backward r128": _linear("expand_backward", 128),
+    "expand_backward r512": _linear("expand_backward", 512),
+    "expand_backward r16 bf16 dy fp32 B": _linear("expand_backward", 16, a=FP32),
+    "expand_backward r32 fp32": _linear("expand_backward", 32, x=FP32),
+    "expand_backward r64 fp32": _linear("expand_backward", 64, x=FP32),
+    "expand_backward r16 N odd": _linear("expand_backward", 16, N=4095),
+    "shrink_backward r16": _linear("shrink_backward", 16),
+    "shrink_backward r16 no dx": _linear("shrink_backward", 16, dx=False),
+    "shrink_backward r16 dropout": _linear("shrink_backward", 16, p=0.05),
+    "shrink_backward r16 x3 dropout": _linear("shrink_backward", 16, 3, p=0.05),
+    "shrink_backward r64 x2 dropout": _linear("shrink_backward", 64, 2, p=0.05),
+    "shrink_backward r128": _linear("shrink_backward", 128),
+    "shrink_backward r128 dropout": _linear("shrink_backward", 128, p=0.05),
+    "shrink_backward r512 dropout": _linear("shrink_backward", 512, p=0.05),
+    "shrink_backward r16 bf16 x fp32 A dropout": _linear("shrink_backward", 16, p=0.05, a=FP32),
+    "shrink_backward r16 x3 fp32 dropout": _linear("shrink_backward", 16, 3, p=0.05, x=FP32),
+    "shrink_backward r32 fp32 dropout": _linear("shrink_backward", 32, p=0.05, x=FP32),
+    "shrink_backward r64 fp32 dropout": _linear("shrink_backward", 64, p=0.05, x=FP32),
+    "shrink_backward r16 K odd": _linear("shrink_backward", 16, p=0.05, K=4095),
+    "wide r16": _linear("wide", 16),
+    "wide r16 x3": _linear("wide", 16, 3),
+    "wide r512": _linear("wide", 512),
+    "wide r16 512 rows": _linear("wide", 16, M=512),
+    "wide r16 96 rows": _linear("wide", 16, M=96, N=1024),
+    "wide r16 one row": _linear("wide", 16, M=1),
+    "wide r16 K odd": _linear("wide", 16, K=4095),
+    "wide r16 K 4080": _linear("wide", 16, K=4080),
+    "wide r16 bf16 W fp32 B": _linear("wide", 16, a=FP32),
+    "wide r16 fp32": _linear("wide", 16, x=FP32),
+    "wide_backward r16": _linear("wide_backward", 16),
+    "wide_backward r16 dropout": _linear("wide_backward", 16, p=0.05),
+    "wide_backward r16 x3 dropout": _linear("wide_backward", 16, 3, p=0.05),
+    "wide_backward r64 x3 bf16 W fp32 A dropout": _linear("wide_backward", 64, 3, p=0.05, a=FP32),
+    "wide_backward r16 N odd": _linear("wide_backward", 16, p=0.05, N=4095),
+    "wide_backward r16 fp32 dropout": _linear("wide_backward", 16, p=0.05, x=FP32),
+    "embedding r16": _embedding(16, BF16),
+    "embedding r64": _embedding(64, BF16),
+    "embedding r16 fp32": _embedding(16, FP32),
+}
+
+
+def report(cases: list[str], targets: list[int]) -> list[dict[str, object]]:
+    """A row per kernel launched by a case and target."""
+    rows = []
+    for target in targets:
+        seen = set()
+        for case in cases:
+            print(f"sm_{target}: {case}", file=sys.stderr)
+            with compiling(target) as compiled:
+                CASES[case]()
+            for kernel in compiled:
+                if kernel.hash not in seen:  # the second passes are the same in most cases
+                    seen.add(kernel.hash)
+                    rows.append({"case": case, "target": target, **measure(kernel)})
+    return rows
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """A table: a line per case and kernel, a column per target."""
+    targets = sorted({row["target"] for row in rows})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        mma = " ".join(f"{n} {name}" for name, n in row["mma"].items()) or "–"
+        cell = f"{row['registers']} · {row['shared'] / 1024:.0f} · {row['spills']} · {mma}"
+        cells.setdefault((row["case"], row["kernel"]), {}).setdefault(row["target"], cell)
+    lines = ["| case | kernel | " + " | ".join(f"sm_{t}" for t in targets) + " |", "|---" * (2 + len(targets)) + "|"]
+    for (case, kernel), by_target in cells.items():
+        lines.append(f"| {case} | `{kernel}` | " + " | ".join(by_target.get(t, "") for t in targets) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help="only cases whose name starts so (repeatable)")
+    parser.add_argument("--target", action="append", type=int, choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument("--exact", action="store_true", help="--case gives whole names")
+    parser.add_argument("--json", action="store_true", help="rows as JSON, not a Markdown table")
+    options = parser.parse_args()
+    match = str.__eq__ if options.exact else str.startswith
+    cases = [name for name in CASES if not options.case or any(match(name, case) for case in options.case)]
+    if not cases:
+        sys.exit(f"no such case; there are: {', '.join(CASES)}")
+    rows = report(cases, options.target or list(TARGETS))
+    print(json.dumps(rows) if options.json else markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
