@@ -31,7 +31,8 @@ _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
         "mixtral olmo olmo2 olmo3 opt qwen2 qwen2_moe qwen3 qwen3_moe smollm3 stablelm starcoder2"
     ),
     ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
-    ("query", "value"): "bert electra layoutlm roberta vit xlm-roberta",
+    ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
+    ("query", "value", "q_proj", "v_proj"): "vit",  # renamed within Transformers 5
     ("q", "v"): "mt5 t5",
     ("q", "v", "q_proj", "v_proj"): "blip-2",
     ("c_attn",): "gpt2 gpt_bigcode",

@@ -50,11 +50,11 @@ def inject_adapter(
     config = tuner.peft_config[adapter_name]
     with transaction() as undo:
         undo.attributes(config)
+        if config.target_modules is None:
+            tuner._prepare_adapter_config(config, tuner.get_model_config(model))
         convert_config_for_transformers(config, model)
         tuner._check_new_adapter_config(config)
         warn_if_tied(model, config)
-        if config.target_modules is None:
-            tuner._prepare_adapter_config(config, tuner.get_model_config(model))
         if config.target_parameters and state_dict:
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from ..layers import kasa
 from ..layers.experts import ParamWrapper
 from ..layers.lora import LoraLayer
 from .base import BaseTuner
@@ -16,6 +17,7 @@ from .dispatch import create_lora_layer
 from .mixed import per_sample_adapters
 from .targets import pattern_value
 from .transaction import transaction
+from .walk import tuner_layers
 from .weighted import CombinationType, add_weighted_adapter
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ class LoraModel(BaseTuner):
         super()._check_new_adapter_config(config)
         # the place in a nest of wrappers says which parameter a weight belongs to, so all adapters must nest alike
         for name, other in self.peft_config.items():
+            if other is not config and (config.kasa_config is None) != (other.kasa_config is None):
+                new, old = ("does not use", "does") if config.kasa_config is None else ("uses", "does not")
+                raise ValueError(
+                    "KaSA cannot be combined with adapters that don't use KaSA, since KaSA modifies the base weights: "
+                    f"the new adapter {new} KaSA but adapter '{name}' {old}."
+                )
             if other is config or not config.target_parameters or not other.target_parameters:
                 continue
             if set(other.target_parameters) != set(config.target_parameters):
@@ -94,6 +102,18 @@ class LoraModel(BaseTuner):
             return
         with per_sample_adapters(self, adapter_names, kwargs.get("num_beams")):
             yield
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """What KaSA adds to the loss for these adapters (None: the active ones): a tensor, or 0.0 without KaSA."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [names] if isinstance(names, str) else names
+        total: Any = 0.0
+        for layer in tuner_layers(self.model, LoraLayer):
+            for name in names:
+                if name in getattr(layer, "lora_diag", ()):
+                    options = self.peft_config[name].kasa_config
+                    total = total + kasa.regularisation(layer, name, options.beta, options.gamma)
+        return total
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -23,8 +23,9 @@ def onload(layer: Any) -> Iterator[None]:
     for module, hook in hooks:
         hook.pre_forward(module)
     yield
+    base = getattr(layer, "base_layer", None)
     for module, hook in hooks:
-        if module is getattr(layer, "base_layer", None):
+        if base is not None and module is base:
             tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             hook.weights_map = {name: tensor.data.to("cpu") for name, tensor in tensors}
         hook.post_forward(module, torch.tensor([]))

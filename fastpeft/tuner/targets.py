@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from torch import nn
 
 from ..layers.base import BaseTunerLayer
+from ..layers.wrappers import AuxiliaryTrainingWrapper
 from .constants import ALL_LINEAR, SEQ_CLS_HEAD_NAMES
 from .walk import conv1d_class, is_transformers_model, named_modules
 
@@ -178,7 +179,8 @@ def is_all_linear(target_modules: Any) -> bool:
 def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """Replace `target_modules="all-linear"` by the names of the model's linear layers, in place.
 
-    Left out: the output layer of a generating model, the head of a sequence classifier, and what is inside of adapters.
+    Left out: the output layer of a generating model, the head of a sequence classifier, and what is inside of adapters
+    or in copies for `modules_to_save`.
     Of a model that is not a Transformers model nothing is known to be an output layer, so nothing is left out.
     """
     if not is_all_linear(config.target_modules):
@@ -187,7 +189,12 @@ def include_all_linear_layers(config: LoraConfig, model: nn.Module) -> LoraConfi
     conv1d = conv1d_class()
     linear = (nn.Linear,) if conv1d is None else (nn.Linear, conv1d)
     names = set()
+    wrapped: tuple[str, ...] = ()
     for name, module in named_modules(model, into_adapters=False):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped += (f"{name}.",)
+        if name.startswith(wrapped):
+            continue
         if isinstance(module, BaseTunerLayer):
             # an adapted layer is named after the layer it wraps
             is_linear = "Linear" in type(module).__name__
