@@ -193,6 +193,7 @@ def finetune(options: FinetuneOptions) -> int:
     Raises:
         CommandError: something the user can mend; says what and how.
     """
+    ensure_peft_names()
     quiet_libraries()
     _check_place()
     from transformers import AutoConfig
@@ -226,7 +227,6 @@ def finetune(options: FinetuneOptions) -> int:
     if before is None and rows.prompts:
         with console.status("sampling answers before training"):
             before = answers.generate(model, tokenizer, rows.prompts, rows.dialogue, options.max_new_tokens)
-    ensure_peft_names()
     with console.status("adding the adapter" + (", fusing, and verifying what was fused" if options.patch else "")):
         model = _adapted(options, model)
     show_start(options, rows, model, template, device, dtype, arguments, checkpoint)

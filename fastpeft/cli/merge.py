@@ -57,11 +57,11 @@ def merge(adapter: str, out: Path, model: str | None, dtype: str, overwrite: boo
     Raises:
         CommandError: something cannot be loaded, `out` is in use, or the merged weights are not finite.
     """
+    ensure_peft_names()
     quiet_libraries()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
         raise CommandError(f"{out} is not empty: choose another --out, or replace it with --overwrite")
     base = _base_name(adapter, model)
-    ensure_peft_names()
     with console.status(f"loading {base}"):
         loaded = load_model(base, DTYPES.get(dtype, "auto"))
         loaded.eval()

@@ -142,7 +142,10 @@ def target_modules(text: str) -> str | list[str]:
 
 
 def ensure_peft_names() -> None:
-    """Transformers asks `isinstance(model, peft.PeftModel)`: without the real peft, let that name mean fastpeft's."""
+    """Transformers asks `isinstance(model, peft.PeftModel)`: without the real peft, let that name mean fastpeft's.
+
+    To be called before transformers is imported.
+    """
     import importlib.util
 
     if importlib.util.find_spec("peft") is None:

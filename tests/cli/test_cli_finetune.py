@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,26 @@ def test_a_run_killed_after_its_last_step_is_completed(run: Callable, fastpeft_c
     fastpeft_command("finetune", "--resume", "--out", out)
     assert (out / "adapter_model.safetensors").read_bytes() == wanted
     assert metrics(out)["status"] == "finished" and len(metrics(out)["train"]) == 2
+
+
+WITHOUT_PEFT = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "peft" else find(name, *rest)
+from fastpeft.cli.app import main
+main()
+"""
+
+
+def test_without_peft(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """The Trainer still takes the model for an adapted one: its checkpoints hold the adapter only."""
+    out = tmp_path / "out"
+    arguments = ("finetune", "--model", tiny_model, "--data", data, "--out", out, "--steps", 2, *QUICK)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PEFT, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PeftWarning" not in done.stderr
+    files = {path.name for path in (out / "checkpoints" / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
 
 
 def test_what_a_resumed_run_may_not_change(run: Callable, fastpeft_command: Callable, data: Path) -> None:
