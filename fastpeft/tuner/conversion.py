@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import AdapterFileError
 from ..layers.experts import ParamWrapper
 from .targets import TargetMatcher, include_all_linear_layers, is_all_linear
 
@@ -205,10 +206,30 @@ def _fuse_experts(
     result = {}
     path = module
     while isinstance(wrapper, ParamWrapper):
-        names = [old for old in renames if old in olds and renames[old] == wrapper.parameter_name]
-        if names:
-            tensors = [[olds[name][e] for e in sorted(olds[name])] for name in names]
+        names = [old for old in renames if renames[old] == wrapper.parameter_name]
+        if any(name in olds for name in names):
+            tensors = [_of_all_experts(module, name, side, olds, wrapper.num_experts) for name in names]
             fuse = fuse_A if side == "A" else fuse_B
             result[f"{PREFIX}{path}.lora_{side}.weight"] = fuse(tensors)
         wrapper, path = wrapper.base_layer, f"{path}.base_layer"
     return result
+
+
+def _of_all_experts(
+    module: str, name: str, side: str, olds: Mapping[str, Mapping[int, Tensor]], num_experts: int
+) -> list[Tensor]:
+    """The A's or B's of one old module in every expert, in order."""
+    found = olds.get(name, {})
+    keys = [f"{module}.{expert}.{name}.lora_{side}.weight" for expert in range(num_experts)]
+    for expert, key in enumerate(keys):
+        if expert not in found:
+            raise AdapterFileError(
+                f"The adapter file lacks {key}: the experts are one parameter in this model, so their adapters cannot "
+                f"be loaded without that of expert {expert} of {num_experts}."
+            )
+        if found[expert].shape != found[0].shape:
+            raise AdapterFileError(
+                f"{key} of the adapter file has shape {tuple(found[expert].shape)}, expected {tuple(found[0].shape)} "
+                "as in the first expert: the experts are one parameter in this model."
+            )
+    return [found[expert] for expert in range(num_experts)]

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.tuner.constants import LORA_TARGET_MODULES
-from fastpeft.tuner.inject import _no_match_message, _Names
+from fastpeft.tuner.inject import _Names, _no_match_message
 from fastpeft.tuner.targets import (
     EXCLUDED,
     TargetMatcher,
@@ -126,13 +126,13 @@ def tiny(model_type: str, auto: str = "AutoModel"):
     return getattr(transformers, auto).from_config(config)
 
 
-PARITY = (
-    "llama mistral qwen2 qwen3 gemma gemma2 phi phi3 olmo2 granite smollm3 starcoder2 stablelm cohere glm4 gpt_neox gpt2 "
-    "opt falcon bloom gptj mixtral qwen3_moe bert roberta t5 vit gemma3_text"
-).split()
+ARCHITECTURES = """
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 granite smollm3 starcoder2 stablelm cohere glm4
+    gpt_neox gpt2 opt falcon bloom gptj mixtral qwen3_moe bert roberta t5 vit
+"""
 
 
-@pytest.mark.parametrize("model_type", PARITY)
+@pytest.mark.parametrize("model_type", ARCHITECTURES.split())
 def test_default_targets_exist_in_the_architecture(model_type):
     model = fastpeft.get_peft_model(tiny(model_type), fastpeft.LoraConfig(r=2))
     assert model.targeted_module_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -57,14 +58,14 @@ def interrupt(monkeypatch, at: int, action) -> None:
     count = 0
     for name in CALLS:
 
-        def patched(*args, _original=getattr(os, name), **kwargs):
+        def patched(original, *args, **kwargs):
             nonlocal count
             count += 1
             if count == at:
                 action()
-            return _original(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        monkeypatch.setattr(os, name, patched)
+        monkeypatch.setattr(os, name, functools.partial(patched, getattr(os, name)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
