@@ -78,7 +78,7 @@ def _forget_answers() -> None:
             clear()
 
 
-_replaced: dict[Any, Any] = {}  # (module, attribute) -> its value before something was assigned to it through a facade
+_replaced: dict[tuple[str, str], list[Any]] = {}  # (module, attribute) -> its values before each assignment to it
 
 
 class PeftFacade(ModuleType):
@@ -103,15 +103,15 @@ class PeftFacade(ModuleType):
             super().__setattr__(name, value)
         else:
             module = importlib.import_module(home[0])
-            _replaced.setdefault(home, getattr(module, home[1]))
+            _replaced.setdefault(home, []).append(getattr(module, home[1]))
             setattr(module, home[1], value)
 
     def __delattr__(self, name: str) -> None:
         home = where(self.__name__, name) if name in names_of(self.__name__) else None
-        if home is None or home not in _replaced:
+        if home is None or not _replaced.get(home):
             super().__delattr__(name)
         else:  # deleting what was assigned brings back what was there: so do tests that patch a name undo it
-            setattr(importlib.import_module(home[0]), home[1], _replaced.pop(home))
+            setattr(importlib.import_module(home[0]), home[1], _replaced[home].pop())
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *names_of(self.__name__), *submodules_of(self.__name__)})

@@ -111,6 +111,9 @@ OTHER_METHODS: dict[str, str] = {
     "waveft": "WaveFTConfig WaveFTLayer WaveFTLinear WaveFTModel",
     "xlora": "XLoraConfig XLoraLayer XLoraLinearLayer XLoraModel",
 }
+_TABLES = " ".join(
+    f"TRANSFORMERS_MODELS_TO_{method.replace('_', '').upper()}_TARGET_MODULES_MAPPING" for method in OTHER_METHODS
+)
 _OTHER = (
     " ".join(
         name for names in OTHER_METHODS.values() for name in names.split() if name.endswith(("Config", "Model", "Init"))
@@ -158,9 +161,9 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.variants": """DoraLinearVariant DoraEmbeddingVariant DoraConv1dVariant DoraConv2dVariant
         DoraConv3dVariant ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant KasaLinearVariant
         MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets""",
-    "peft.utils": f"""{_CONSTANTS} {_HELPERS} {_STATE} {_WRAPPERS} {_ERRORS} {_TYPES} PeftWarning load_peft_weights
-        set_additional_trainable_modules resolve_quantization_backend""",
-    "peft.utils.constants": _CONSTANTS,
+    "peft.utils": f"""{_CONSTANTS} {_TABLES} {_HELPERS} {_STATE} {_WRAPPERS} {_ERRORS} {_TYPES} PeftWarning
+        load_peft_weights set_additional_trainable_modules resolve_quantization_backend""",
+    "peft.utils.constants": f"{_CONSTANTS} {_TABLES}",
     "peft.utils.error": _ERRORS,
     "peft.utils.hotswap": """hotswap_adapter hotswap_adapter_from_state_dict check_hotswap_configs_compatible
         prepare_model_for_compiled_hotswap""",
@@ -168,7 +171,7 @@ MODULES: dict[str, str] = {
         dequantize_bnb_weight""",
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
     "peft.utils.merge_utils": "task_arithmetic magnitude_prune ties dare_linear dare_ties prune",
-    "peft.utils.other": f"""{_CONSTANTS} {_HELPERS} {_WRAPPERS} set_additional_trainable_modules
+    "peft.utils.other": f"""{_CONSTANTS} {_TABLES} {_HELPERS} {_WRAPPERS} set_additional_trainable_modules
         match_target_against_key""",
     "peft.utils.peft_types": f"{_TYPES} register_peft_method",
     "peft.utils.quantization_utils": "QuantizationBackend Bnb8bitBackend Bnb4bitBackend resolve_quantization_backend",
@@ -178,7 +181,7 @@ MODULES: dict[str, str] = {
 }
 for _method, _names in OTHER_METHODS.items():
     for _module in ("", ".config", ".layer", ".model"):
-        MODULES[f"peft.tuners.{_method}{_module}"] = _names
+        MODULES[f"peft.tuners.{_method}{_module}"] = f"{_names} {_TABLES}"
 
 # fastpeft module -> names of PEFT's that live there; "theirs=ours" where fastpeft calls it otherwise.
 HOMES: dict[str, str] = {

@@ -1,7 +1,8 @@
 """What `import peft` gives for a method of PEFT's that fastpeft does not implement.
 
 Other libraries import such names at module level (TRL imports `PrefixTuningConfig`), so the import has to work: the
-name is a class that nothing is an instance of, or a function. Using it is an error that says what is implemented.
+name is a class that nothing is an instance of, a function, or an empty table. Using the class or the function is an
+error that says what is implemented.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class _Placeholder(type):
 
 @cache
 def placeholder(module: str, name: str) -> Any:
-    """The stand-in of `module.name`: a class if the name is written like one, else a function."""
+    """The stand-in of `module.name`: an empty table, a class or a function, as the name is written like one."""
+    if name.isupper():
+        return {}
     if name.lstrip("_")[:1].isupper():
         return _Placeholder(name, (), {"__module__": module, "__doc__": _message(module, name, methods=False)})
 

@@ -72,9 +72,12 @@ def test_import_peft_means_fastpeft() -> None:
                 continue
             raise AssertionError(code)
         import peft.config
-        peft.config.__version__ = "9.9"  # assigning to a name assigns where it lives
+        peft.config.__version__ = "9.8"  # assigning to a name assigns where it lives
+        peft.config.__version__ = "9.9"
         assert LoraConfig().peft_version == "9.9" and peft.__version__ == "0.21.2"
-        del peft.config.__version__  # as pytest's monkeypatch does to undo it
+        del peft.config.__version__  # as pytest's monkeypatch does to undo each
+        assert LoraConfig().peft_version == "9.8"
+        del peft.config.__version__
         assert LoraConfig().peft_version == "0.21.2"
         """
     )
@@ -111,5 +114,7 @@ def test_methods_that_are_not_implemented() -> None:
         config.from_pretrained("somewhere")
     with pytest.raises(fastpeft.UnsupportedOptionError, match="create_arrow_model is not implemented"):
         placeholder("peft", "create_arrow_model")()
+    table = "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING"
+    assert table in names.names_of("peft.utils") and placeholder("peft.utils", table) == {}
     assert names.where("peft.tuners.lokr.layer", "Linear") is None  # LoKr's Linear is not LoRA's
     assert names.where("peft.tuners.lora.layer", "Linear") is not None
