@@ -26,25 +26,21 @@ from fastpeft.errors import UnsupportedOptionError
 # What PEFT has and fastpeft has not: a field that must keep its default, or `field=value`. Who implements one deletes
 # its row. (`init_lora_weights` is compared in lower case and up to the first "_niter_".)
 UNIMPLEMENTED: dict[str, str] = {
-    "velora_config": "VeLoRA",
-    "kasa_config": "KaSA",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "qalora_group_size": "QALoRA",
     "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "layer_replication": "replicating layers",
     "trainable_token_indices": "training single tokens",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
     "ensure_weight_tying": "tying the adapters of tied layers",
-    "init_lora_weights=mica": "MiCA initialisation",
     "runtime_config.ephemeral_gpu_offload": "ephemeral GPU offload",
 }
 
 # The initialisations there are, beside True and False.
-INIT_METHODS = ("gaussian", "pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal", "eva")
+INIT_METHODS = ("gaussian", "pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal", "eva", "mica")
 
 _PARTS: dict[str, type] = {
     "velora_config": VeloraConfig,

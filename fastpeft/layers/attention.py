@@ -43,6 +43,10 @@ class MultiheadAttention(LoraLayer, nn.Module):
             raise TypeError(f"out_proj must be an instance of nn.Linear for {type(self).__name__}.")
         if config.use_dora:
             raise ValueError(f"{type(self).__name__} does not support DoRA (yet), please set use_dora to False")
+        if config.velora_config is not None:
+            raise ValueError(f"{type(self).__name__} does not support VeLoRA, please set `velora_config=None`.")
+        if config.kasa_config is not None:
+            raise ValueError(f"{type(self).__name__} does not support KaSA, please set `kasa_config=None`.")
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         # PEFT makes the inner layer's factors twice, here and in update_layer; the random numbers must be the same.

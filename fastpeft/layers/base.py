@@ -30,6 +30,7 @@ class BaseTunerLayer(Bridged):
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     merged_adapters: list[str] = []
+    frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # adapter -> its containers that are never trained
     cast_input_dtype_enabled: bool = True  # False: whoever calls has cast the input (diffusers' layerwise casting)
 
     # The base layer
@@ -102,6 +103,7 @@ class BaseTunerLayer(Bridged):
         for container in self._containers():
             for name, item in container.items():
                 set_requires_grad(item, name in names and not inference_mode)
+        self._freeze_what_is_not_trained(names)
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -111,6 +113,16 @@ class BaseTunerLayer(Bridged):
             for name in names:
                 if name in container:
                     set_requires_grad(container[name], requires_grad)
+        self._freeze_what_is_not_trained(names)
+
+    def _freeze_what_is_not_trained(self, adapter_names: Iterable[str]) -> None:
+        """Freeze again those weights of the adapters that their method does not train."""
+        if self.frozen_peft_weight_names:
+            for adapter in adapter_names:
+                for name in self.frozen_peft_weight_names.get(adapter, ()):
+                    container = getattr(self, name)
+                    if adapter in container:
+                        set_requires_grad(container[adapter], False)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on (the active ones become trainable) or off (all are frozen)."""
@@ -128,6 +140,7 @@ class BaseTunerLayer(Bridged):
             state = getattr(self, name)
             if adapter_name in state:
                 del state[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
         if adapter_name not in self.active_adapters:
             return
         active = [name for name in self.active_adapters if name != adapter_name]

@@ -54,6 +54,8 @@ class _ConvNd(LoraLayer, nn.Module):
                 "limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
                 "not target this specific layer."
             )
+        if config.velora_config is not None:
+            raise ValueError("VeLoRA does not support adapting conv layers.")
         super()._check_config(r, config)
 
     def _make_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:

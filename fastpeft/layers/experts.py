@@ -77,6 +77,9 @@ class ParamWrapper(LoraLayer, nn.Module):
             raise ValueError(f"{name} does not work with lora_bias=True.")
         if config.use_dora:
             raise ValueError(f"{name} does not work with use_dora=True.")
+        for option in ("velora_config", "kasa_config"):
+            if getattr(config, option) is not None:
+                raise ValueError(f"{name} does not work when `{option}` is set.")
 
     def _make_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         ranks = r * self.num_experts

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.configs import LoraConfig
+from fastpeft.layers.block_diagonal import BlockDiagonal
 from fastpeft.layers.dora import DoraLinear
 from fastpeft.layers.init import make_linear
+from fastpeft.layers.kasa import Kasa
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.mixed import mixed_linear
 from fastpeft.layers.plain import any_global_hook, bare, dropout_probability
 from fastpeft.layers.variants import LoraVariant
+from fastpeft.layers.velora import Velora
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.products import MAX_RANK
 
@@ -22,7 +25,12 @@ class Linear(LoraLayer, nn.Module):
     """y = x Wᵀ + bias + sum over active adapters of scaling · dropout(x) Aᵀ Bᵀ."""
 
     _peft_name: ClassVar[str] = "peft.tuners.lora.layer.Linear"
-    lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {"use_dora": DoraLinear}
+    lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {
+        "use_dora": DoraLinear,
+        "use_bdlora": BlockDiagonal,
+        "velora_config": Velora,
+        "kasa_config": Kasa,
+    }
 
     def __init__(
         self,

@@ -49,6 +49,26 @@ class LoraVariant:
         return True
 
 
+class AdditiveVariant(LoraVariant):
+    """A variant that adds to the weight; a subclass says what, and how it computes its output if not as LoRA does."""
+
+    def delta(self, layer: LoraLayer, adapter_name: str) -> Tensor:
+        """What merging adds to the base weight, in its shape."""
+        raise NotImplementedError
+
+    def forward(self, layer: LoraLayer, adapter_name: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """result + scaling · B(A(dropout(x)))."""
+        return result + layer._adapter_product(adapter_name, x) * layer.scaling[adapter_name]
+
+    def merge(self, layer: LoraLayer, adapter_name: str, weight: Tensor) -> Tensor:
+        """weight + delta, a new tensor."""
+        return weight + self.delta(layer, adapter_name).to(weight.dtype)
+
+    def unmerge(self, layer: LoraLayer, adapter_name: str, weight: Tensor) -> Tensor:
+        """weight - delta, a new tensor."""
+        return weight - self.delta(layer, adapter_name).to(weight.dtype)
+
+
 def resolve_variant(layer: LoraLayer, config: LoraConfig) -> LoraVariant | None:
     """A new variant object as the config asks for, None for plain LoRA.
 

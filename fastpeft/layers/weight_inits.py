@@ -7,6 +7,7 @@
     loftq       arXiv:2310.08659   the r greatest singular triples of what quantising W loses
     orthogonal                     A and B random, with B A = 0: every other row of a rotation in each
     eva         arXiv:2410.07170   B zero; A is set later, by `initialize_lora_eva_weights`
+    mica        arXiv:2604.01694   B the r least left singular vectors, frozen; A zero
 
 The first four take c B A out of the base weight, so that the layer computes at first what it did without adapter. Such
 an adapter belongs to its changed base: loading it repeats the initialisation. Random draws are PEFT's, in its order.
@@ -175,6 +176,41 @@ def _orthogonal(layer: LoraLayer, adapter_name: str, config: LoraConfig) -> None
 def _eva(layer: LoraLayer, adapter_name: str, config: LoraConfig) -> None:
     B: Any = layer.lora_B[adapter_name]
     B.weight.data.zero_()
+
+
+def _mica(layer: LoraLayer, adapter_name: str, config: LoraConfig | None) -> None:
+    """MiCA (arXiv:2604.01694): B the r least left singular vectors of W, not trained; A zero."""
+    from fastpeft.layers.embedding import Embedding
+    from fastpeft.layers.linear import Linear
+
+    A: Any
+    B: Any
+    if isinstance(layer, Linear):
+        A, B, name = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight, "lora_B"
+        weight = None if B.is_meta else _weight(layer, "MiCA")
+    elif isinstance(layer, Embedding):
+        A, B, name = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], "lora_embedding_B"
+        weight = None if B.is_meta else layer.get_base_layer().weight.data.float().T
+    else:
+        raise ValueError(
+            f"Invalid or unsupported variant combination: lora.{type(layer).__name__} does not support "
+            "init_lora_weights='mica'; it is defined for linear layers and embeddings."
+        )
+    if weight is not None:
+        r = layer.r[adapter_name]
+        if r > min(weight.shape):
+            raise ValueError(
+                f"MiCA requires `r` <= min(in_features, out_features), but got r={r} for lora.{type(layer).__name__} "
+                f"with a weight of shape {tuple(weight.shape)}."
+            )
+        with torch.no_grad():
+            U = torch.linalg.svd(weight, full_matrices=False)[0]
+        B.data = U[:, -r:].contiguous().to(layer.get_base_layer().weight.dtype)
+        A.data = torch.zeros(A.shape, dtype=B.dtype, device=B.device)
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: (name,)}
+
+
+INIT_METHODS["mica"] = _mica
 
 
 def _weight(layer: LoraLayer, method: str) -> Tensor:
