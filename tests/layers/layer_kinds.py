@@ -112,4 +112,4 @@ def randomise(layer: nn.Module, only: str = "lora_") -> None:
         for name, parameter in sorted(layer.named_parameters()):
             if only in name:
                 generator = torch.Generator().manual_seed(len(name) * 7919 + parameter.numel())
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))

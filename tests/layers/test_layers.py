@@ -187,12 +187,12 @@ def test_no_graph_break():
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
-def test_adapters_of_another_precision_are_as_exact_as_pytorch_allows(base, adapter, autocast):
+def test_adapters_of_another_precision_are_as_exact_as_pytorch_allows(base, adapter, autocast, device):
     layer = linear(nn.Linear(64, 48).to(base), r=8)
     layer.lora_A.to(adapter)
     layer.lora_B.to(adapter)
     x = torch.randn(5, 64).to(base)
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         y = layer(x)
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         plain = layer.base_layer(x)
@@ -293,7 +293,9 @@ def test_a_users_own_layer_class():
     assert layer(torch.randn(1, 3)).shape == (1, 3)
 
 
-def test_the_seam_of_variants():
+def test_the_seam_of_variants(monkeypatch):
+    monkeypatch.setattr("fastpeft.layers.variants.VARIANT_OPTIONS", ("shout",))
+
     class Shout(LoraVariant):
         def init(self, layer, adapter_name, config, **kwargs):
             layer.lora_magnitude_vector[adapter_name] = nn.Linear(1, 1)
@@ -310,11 +312,11 @@ def test_the_seam_of_variants():
         name, supports_mixed_batch = "shouting", False
 
     class Loud(layers.Linear):
-        lora_variants = {"velora_config": Shout}
+        lora_variants = {"shout": Shout}
 
     config = LoraConfig()
-    config.velora_config = True
-    with pytest.raises(ValueError, match="lora.Conv1d does not support velora_config"):
+    config.shout = True
+    with pytest.raises(ValueError, match="lora.Conv1d does not support shout"):
         layers.Conv1d(nn.Conv1d(3, 3, 1), "default", config, r=2, lora_alpha=2)
     layer = Loud(nn.Linear(3, 3), "default", config, r=2, lora_alpha=2)
     x = torch.randn(2, 3)
