@@ -141,7 +141,7 @@ def metrics_of(
             "final_eval_loss": evals[-1]["loss"] if evals else None,
             "train_seconds": display.seconds,
             "tokens_per_second": display.tokens / display.seconds if display.seconds else None,
-            "peak_memory_bytes": display.peak,
+            "peak_memory_bytes": display.memory.bytes,
         },
         "train": train,
         "eval": evals,

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from fastpeft.cli.console import console, duration, number, size
 from fastpeft.cli.errors import CommandError
-from fastpeft.measure import resident_bytes
+from fastpeft.measure import PeakMemory, resident_bytes
 
 
 class Interrupts:
@@ -122,7 +122,7 @@ class TrainingDisplay(TrainerCallback):
         self.interrupts = interrupts
         self.seconds = 0.0
         self.tokens = 0
-        self.peak = 0
+        self.memory = PeakMemory(device)
         self.loss = math.nan
         self._marks: list[tuple[float, int]] = []
         self._bar: Progress | None = None
@@ -142,11 +142,12 @@ class TrainingDisplay(TrainerCallback):
         return {
             "loss": loss,
             "rate": f"{number(rate)} tok/s" if rate else "… tok/s",
-            "memory": size(self.peak),
+            "memory": size(resident_bytes(self.device)),
         }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first_step = state.global_step
+        self.memory.__enter__()
         self._start = time.perf_counter()
         self._tokens_before = state.num_input_tokens_seen
         self._marks = [(self._start, state.num_input_tokens_seen)]
@@ -170,7 +171,6 @@ class TrainingDisplay(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._marks.append((time.perf_counter(), state.num_input_tokens_seen))
-        self.peak = max(self.peak, self._memory())
         if self.interrupts.asked and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
@@ -204,6 +204,7 @@ class TrainingDisplay(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._start
         self.tokens = state.num_input_tokens_seen - self._tokens_before
+        self.memory.__exit__(None, None, None)
         self.stop()
 
     def stop(self) -> None:
@@ -211,11 +212,6 @@ class TrainingDisplay(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _memory(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return resident_bytes()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
