@@ -42,8 +42,8 @@ def extensions() -> list[Extension]:
                 "install torch >= 2.10 and use `pip install --no-build-isolation`"
             ) from error
         say(
-            "torch is not in the build environment: installing without the C++ extension (operators run on the reference "
-            "backend). For the CPU kernels: `pip install torch`, then install again with --no-build-isolation"
+            "torch is not in the build environment: installing without the C++ extension (operators run on the reference"
+            " backend). For the CPU kernels: `pip install torch`, then install again with --no-build-isolation"
         )
         return []
     sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
@@ -58,7 +58,15 @@ def extensions() -> list[Extension]:
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-maybe-uninitialized",
+                "-Wno-psabi",
+            ],
             extra_link_args=["-s"] if sys.platform == "linux" else [],
             py_limited_api=True,
         )

@@ -59,11 +59,11 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
   });
 }
 
-// y += s b^T by members. A task is 64 columns of one member and a block of rows.
+// y += s b^T by members. A task is a block of rows.
 static void expand(
     const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor run) {
-  constexpr int64_t ROWS = 256;
-  const int64_t r = b.columns, s_row = round_up(r, W);
+  constexpr int64_t ROWS = 48;
+  const int64_t r = b.columns, s_row = round_up(members * r, W);
   int64_t panels = 0;
   for (int64_t g = 0; g < members; ++g) panels += (splits[g] + PANEL - 1) / PANEL;
   struct Panel {
@@ -82,25 +82,22 @@ static void expand(
       transpose(b, list[i].column, list[i].columns, 0, r, to, PANEL);
     }
   });
-  const int64_t blocks = (y.rows + ROWS - 1) / ROWS;
-  parallel(run, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t PART = 48;
-    Buffer scratch(ROWS * s_row + PART * PANEL);
+  parallel(run, (y.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    Buffer scratch(ROWS * (s_row + PANEL));
     float* sums = scratch.data + ROWS * s_row;
     for (int64_t task = begin; task < end; ++task) {
-      const Panel& p = list[task % panels];
-      const int64_t row = task / panels * ROWS, rows = smaller(ROWS, y.rows - row);
-      const View v = stage(s, row, rows, p.member * r, r, nullptr, true, scratch.data, s_row);
-      const float* bt = packed.data + (task % panels) * r * PANEL;
-      if (y.dtype == DType::f32 && p.columns % W == 0) {
-        float* to = static_cast<float*>(y.data) + row * y.stride + p.column;
-        product(rows, p.columns, r, v.data, v.stride, 1, bt, PANEL, to, y.stride, true);
-        continue;
-      }
-      for (int64_t i = 0; i < rows; i += PART) {
-        const int64_t part = smaller(PART, rows - i);
-        product(part, round_up(p.columns, W), r, v.data + i * v.stride, v.stride, 1, bt, PANEL, sums, PANEL, false);
-        unstage<true>(y, row + i, part, p.column, p.columns, sums, PANEL, 1.0f);
+      const int64_t row = task * ROWS, rows = smaller(ROWS, y.rows - row);
+      const View v = stage(s, row, rows, 0, members * r, nullptr, true, scratch.data, s_row);
+      for (int64_t i = 0; i < panels; ++i) {
+        const Panel& p = list[i];
+        const float *from = v.data + p.member * r, *bt = packed.data + i * r * PANEL;
+        if (y.dtype == DType::f32 && p.columns % W == 0) {
+          float* to = static_cast<float*>(y.data) + row * y.stride + p.column;
+          product(rows, p.columns, r, from, v.stride, 1, bt, PANEL, to, y.stride, true);
+        } else {
+          product(rows, round_up(p.columns, W), r, from, v.stride, 1, bt, PANEL, sums, PANEL, false);
+          unstage<true>(y, row, rows, p.column, p.columns, sums, PANEL, 1.0f);
+        }
       }
     }
   });
@@ -120,7 +117,7 @@ static View padded_rows(const Matrix& m, float* scratch, int64_t wide, ParallelF
 static void expand_backward_scaled(
     const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, float ds_scale, const Matrix& db, float db_scale, ParallelFor run) {
   // At most 64 parts, so that the workspace stays small beside dy.
-  const int64_t ROWS = dy.rows <= 64 * 64 ? 64 : round_up((dy.rows + 63) / 64, 16);
+  const int64_t ROWS = dy.rows <= 64 * 128 ? 128 : round_up((dy.rows + 63) / 64, 16);
   const int64_t m = dy.rows, n = dy.columns, r = b.columns, wide = round_up(r, W), blocks = (m + ROWS - 1) / ROWS;
   Buffer space(n * wide), parts((blocks > 0 ? blocks : 1) * n * wide);
   const View b_rows = padded_rows(b, space.data, wide, run);
@@ -173,31 +170,36 @@ static void add_kept(float* to, const float* from, int64_t rows, const uint8_t* 
 // panel of columns and a block of rows; with several blocks their parts of da are added in their order afterwards.
 static void shrink_backward(
     const Matrix& ds, const Matrix& x, const Matrix& a, const Group& group, const Matrix& dx, const Matrix& da, ParallelFor run) {
-  constexpr int64_t PART = 32;
-  const int64_t ROWS = x.rows <= 64 * 256 ? 256 : round_up((x.rows + 63) / 64, PART);
+  constexpr int64_t PART = 36;
+  const int64_t ROWS = x.rows <= 64 * 288 ? 288 : round_up((x.rows + 63) / 64, PART);
   const int64_t m = x.rows, k = x.columns, r = group.rank, total_rank = r * group.members;
   const bool masked = group.mask.on;
   const int64_t members = masked ? group.members : 1, each = masked ? r : total_rank, ds_row = round_up(total_rank, W);
   const int64_t panels = (k + PANEL - 1) / PANEL, blocks = (m + ROWS - 1) / ROWS;
-  Buffer parts((blocks > 0 ? blocks : 1) * total_rank * panels * PANEL);
+  Buffer scaled(m * ds_row), parts((blocks > 0 ? blocks : 1) * total_rank * panels * PANEL);
+  parallel(run, m, 256, [&](int64_t begin, int64_t end) {  // the scale goes into ds, so into both products
+    stage(ds, begin, end - begin, 0, total_rank, nullptr, false, scaled.data + begin * ds_row, ds_row);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t g = 0; g < group.members; ++g) {
+        float* d = scaled.data + i * ds_row + g * r;
+        for (int64_t j = 0; j < r; ++j) d[j] *= group.scale[g];
+      }
+    }
+  });
   parallel(run, blocks * panels, 1, [&](int64_t begin, int64_t end) {
-    Buffer scratch(ROWS * ds_row + total_rank * PANEL + 3 * PART * PANEL);
-    float *ds_part = scratch.data, *a_panel = ds_part + ROWS * ds_row, *x_part = a_panel + total_rank * PANEL;
+    Buffer scratch(total_rank * PANEL + 3 * PART * PANEL);
+    float *a_panel = scratch.data, *x_part = a_panel + total_rank * PANEL;
     float *rim = x_part + PART * PANEL, *rim_sum = rim + PART * PANEL;
     uint8_t bits[PART * PANEL_BLOCKS];
     MaskPanel mask;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task % panels, block = task / panels, column = panel * PANEL, columns = smaller(PANEL, k - column);
       const int64_t first = block * ROWS, last = smaller(first + ROWS, m), wide = round_up(columns, W);
-      stage(ds, first, last - first, 0, total_rank, nullptr, false, ds_part, ds_row);
-      for (int64_t i = 0; i < last - first; ++i) {  // the scale goes into ds, so into both products
-        for (int64_t j = 0; j < total_rank; ++j) ds_part[i * ds_row + j] *= group.scale[j / r];
-      }
       float* sums = parts.data + task * total_rank * PANEL;
       const View a_rows = stage(a, 0, total_rank, column, columns, nullptr, columns == PANEL, a_panel, PANEL);
       for (int64_t row = first; row < last; row += PART) {
         const int64_t rows = smaller(PART, last - row);
-        const float* d = ds_part + (row - first) * ds_row;
+        const float* d = scaled.data + row * ds_row;
         for (int64_t g = 0; g < members; ++g) {
           if (masked) {
             mask_panel(&mask, group.mask, uint32_t(g), column);

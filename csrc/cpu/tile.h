@@ -183,6 +183,9 @@ static void product(
       strip<12, 1>(m, k, a, a_row, a_column, b, b_row, c, c_row, add_to);
       done = W;
     }
+#elif !defined(FASTPEFT_AVX2)
+    strip<4, 1>(m, k, a, a_row, a_column, b, b_row, c, c_row, add_to);
+    done = W;
 #else
     if (n >= 2 * W) {
       strip<6, 2>(m, k, a, a_row, a_column, b, b_row, c, c_row, add_to);
@@ -198,10 +201,31 @@ static void product(
   }
 }
 
-// The transpose of rows row … row + rows of m, fp32, out[j * out_stride + i].
-static void transpose(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t out_stride) {
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) out[j * out_stride + i] = element(m, row + i, column + j);
+template <typename T>
+static void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  constexpr int64_t BLOCK = 16;  // 16 rows of 16 columns are read from 16 cache lines
+  for (int64_t j0 = 0; j0 < columns; j0 += BLOCK) {
+    const int64_t j1 = smaller(j0 + BLOCK, columns);
+    for (int64_t i0 = 0; i0 < rows; i0 += BLOCK) {
+      const int64_t i1 = smaller(i0 + BLOCK, rows);
+      for (int64_t j = j0; j < j1; ++j) {
+        for (int64_t i = i0; i < i1; ++i) to[j * to_stride + i] = to_float(from[i * stride + j]);
+      }
+    }
+  }
+}
+
+// to[j, i] = m[row + i, column + j] in fp32.
+static void transpose(
+    const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t to_stride) {
+  const int64_t at = row * m.stride + column;
+  switch (m.dtype) {
+    case DType::f32:
+      return transpose(static_cast<const float*>(m.data) + at, m.stride, rows, columns, to, to_stride);
+    case DType::bf16:
+      return transpose(static_cast<const bf16*>(m.data) + at, m.stride, rows, columns, to, to_stride);
+    case DType::f16:
+      return transpose(static_cast<const f16*>(m.data) + at, m.stride, rows, columns, to, to_stride);
   }
 }
 

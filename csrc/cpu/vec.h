@@ -192,34 +192,20 @@ FASTPEFT_INLINE Vec keep(Vec x, const uint8_t* bits) {
 
 #else
 
+// The compiler's own vectors: SSE2, NEON or whatever the baseline has.
 constexpr int W = 8;
-struct Vec {
-  float lane[W];
-};
+typedef float Vec __attribute__((vector_size(32)));
 
-FASTPEFT_INLINE Vec set(float x) {
-  Vec v;
-  for (int i = 0; i < W; ++i) v.lane[i] = x;
-  return v;
-}
-FASTPEFT_INLINE Vec zero() { return set(0.0f); }
-FASTPEFT_INLINE Vec add(Vec a, Vec b) {
-  for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
-  return a;
-}
-FASTPEFT_INLINE Vec mul(Vec a, Vec b) {
-  for (int i = 0; i < W; ++i) a.lane[i] *= b.lane[i];
-  return a;
-}
-FASTPEFT_INLINE Vec fma(Vec a, Vec b, Vec c) {
-  for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-  return c;
-}
+FASTPEFT_INLINE Vec zero() { return Vec{}; }
+FASTPEFT_INLINE Vec set(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+FASTPEFT_INLINE Vec add(Vec a, Vec b) { return a + b; }
+FASTPEFT_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+FASTPEFT_INLINE Vec fma(Vec a, Vec b, Vec c) { return c + a * b; }
 
 template <typename T>
 FASTPEFT_INLINE Vec load(const T* p, int n) {
   Vec v = zero();
-  for (int i = 0; i < n; ++i) v.lane[i] = to_float(p[i]);
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
   return v;
 }
 template <typename T>
@@ -228,7 +214,7 @@ FASTPEFT_INLINE Vec load(const T* p) {
 }
 template <typename T>
 FASTPEFT_INLINE void store(T* p, Vec x, int n) {
-  for (int i = 0; i < n; ++i) from_float(x.lane[i], p + i);
+  for (int i = 0; i < n; ++i) from_float(x[i], p + i);
 }
 template <typename T>
 FASTPEFT_INLINE void store(T* p, Vec x) {
@@ -236,8 +222,10 @@ FASTPEFT_INLINE void store(T* p, Vec x) {
 }
 
 FASTPEFT_INLINE Vec keep(Vec x, const uint8_t* bits) {
-  for (int i = 0; i < W; ++i) x.lane[i] = (*bits >> i) & 1 ? x.lane[i] : 0.0f;
-  return x;
+  typedef int32_t Int __attribute__((vector_size(32)));
+  const int32_t b = *bits;
+  const Int lane = {1, 2, 4, 8, 16, 32, 64, 128}, all = {b, b, b, b, b, b, b, b};
+  return (Vec)((Int)x & ((all & lane) != 0));
 }
 
 #endif

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .backend import initialise
 from .lora_embedding import lora_embedding
-from .lora_linear import lora_linear, lora_linear_group
+from .lora_linear import lora_linear
+from .lora_linear_group import lora_linear_group
 
 __all__ = ["lora_embedding", "lora_linear", "lora_linear_group"]
 

@@ -42,7 +42,7 @@ def keep_scale(p: float) -> float:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """One int64, shape (1,), from torch's generator of `device`; its replayed state (checkpointing) replays the mask."""
+    """One int64, shape (1,), from the generator of `device`: replaying its state (checkpointing) replays the mask."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
