@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .group import Forward, Group, LoraForward, ParentForward, PlainForward
 from .inputs import NoInput, example_call
-from .observe import Observation, observe
+from .observe import observe, run_quietly
 from .plan import STACK_OPTIONS, Candidate, GroupPlan, find_candidates, find_plain, make_plan
 from .reading import is_tuner_layer
 from .report import Report, Row
@@ -135,7 +135,7 @@ def _patch(
     for planned in plan.groups:
         group, reason = _build_group(root, planned, form, verify)
         if group is None:
-            plan.alone += [c for c in planned.members if c.reading is not None]
+            plan.alone += [c for c in planned.members if c.adapted]
             logger.debug("fastpeft: no group for %s: %s", planned.members[0].name, reason)
             continue
         parents.setdefault(planned.caller, []).append(group)
@@ -152,8 +152,8 @@ def _patch(
             plan.note = f"no groups: {reason}"
             _ungroup(root, applied, candidates, rows, verify)
     for candidate in candidates:
-        if candidate.reason is not None:
-            rows[candidate.module] = Row(candidate.name, candidate.kind, reason=candidate.reason)
+        if candidate.module not in rows:
+            rows[candidate.module] = Row(candidate.name, candidate.kind, reason=candidate.reason or "no active adapter")
     order = {module: index for index, module in enumerate(root.modules())}
     return Report([rows[m] for m in sorted(rows, key=lambda m: order[m])], True, plan.note)
 
@@ -213,21 +213,21 @@ def _check_model(seen: Any, groups: list[Group]) -> str | None:
     """
     observation, (target, args, kwargs) = seen
     for group in groups:
-        group.layout_probe = group.stack is not None
+        group.probing = True
     try:
-        again = observe([], target, args, kwargs)
+        again = run_quietly(target, args, kwargs)
     except Exception as error:
         return f"the patched model's forward fails with {type(error).__name__}: {error}"
     finally:
         for group in groups:
-            group.layout_probe = False
-    return _differ(observation, again)
+            group.probing = False
+    return _differ(observation.result, again)
 
 
-def _differ(first: Observation, second: Observation) -> str | None:
-    if len(first.result) != len(second.result):
+def _differ(first: list[Tensor], second: list[Tensor]) -> str | None:
+    if len(first) != len(second):
         return "the patched model returns something else"
-    for a, b in zip(first.result, second.result):
+    for a, b in zip(first, second):
         if a.shape != b.shape or a.dtype != b.dtype:
             return "the patched model returns other shapes or dtypes"
         # Each replacement has been compared strictly; this is to catch a structure misread, whose error is of order 1.
@@ -258,7 +258,7 @@ def _ungroup(
         _dissolve(group)
     for module in members:
         rows.pop(module, None)
-        if module in by_module:
+        if module in by_module and by_module[module].adapted:
             rows[module] = _apply_alone(by_module[module], verify)
 
 

@@ -92,7 +92,12 @@ class LoraForward(Forward):
     def alone(self, x: Any) -> Tensor | None:
         """The operator on this layer only; None where the layer's own forward must run."""
         operands = self.operands()
-        if operands is None or not fits(x, operands[0]) or torch._C._get_tracing_state() is not None:
+        if (
+            operands is None
+            or operands[2] is None
+            or not fits(x, operands[0])
+            or torch._C._get_tracing_state() is not None
+        ):
             return None
         return lora_linear(x, *operands)  # type: ignore[arg-type]
 
@@ -132,7 +137,7 @@ class _Unread:
 
     dropout = nn.Identity()
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None) -> None:
         self.name = name
 
     def holds(self) -> bool:
@@ -193,7 +198,8 @@ class Group:
     """The members, how they are computed, and during the parent's call what the first of them computed for the rest.
 
     one_product: "never", "always", or "free": then the base weights, stacked, are one product where that keeps no
-    additional activation for the backward, and a product each elsewhere.
+    additional activation for the backward, and a product each elsewhere. probing: `patch` tries the group in the model;
+    small inputs are not left to the members, and outputs have the strides that one product gives them.
     """
 
     __slots__ = (
@@ -202,7 +208,7 @@ class Group:
         "bias_stack",
         "entry",
         "form",
-        "layout_probe",
+        "probing",
         "members",
         "one_product",
         "owner",
@@ -219,7 +225,7 @@ class Group:
         self.bias_stack: Stack | None = None
         self.owner: int | None = None
         self.entry: tuple[Tensor, Any, list[Tensor | None]] | None = None
-        self.layout_probe = False
+        self.probing = False
         self._hooks: tuple[dict[int, Any], ...] | None = None
         for index, member in enumerate(members):
             member.group, member.index = self, index
@@ -230,8 +236,8 @@ class Group:
         if entry is None:
             if type(x) not in _TENSORS or x.is_inference():  # such a tensor does not tell whether it was written to
                 return None
-            if x.numel() <= NATIVE_ELEMENTS and not self._drops():  # so small that plain calls, one by one, are faster
-                return None
+            if x.numel() <= NATIVE_ELEMENTS and not (self._drops() or self.probing):
+                return None  # so small that plain calls, one by one, are faster
             computed = self.compute(x)
             if computed is None:
                 return None
@@ -260,14 +266,14 @@ class Group:
             operands.append(found)
         weights, biases, A, B, scaling, dropouts = zip(*operands)
         adapted = [(a.dtype, p) for a, p in zip(A, dropouts) if a is not None]
-        if adapted.count(adapted[0]) < len(adapted) or not fits(x, weights[0]):
+        if not adapted or adapted.count(adapted[0]) < len(adapted) or not fits(x, weights[0]):
             return None
         p = adapted[0][1]
         block, block_bias = self._blocks(x, weights, biases)
         outs = lora_linear_group(
             x, weights, biases, A, B, scaling, p, stacked_weight=block, stacked_bias=block_bias, form=self.form
         )
-        return tuple(_as_column_block(out) for out in outs) if self.layout_probe else outs
+        return tuple(_as_column_block(out) for out in outs) if self.probing and self.stack else outs
 
     def _blocks(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Any]
@@ -294,8 +300,11 @@ class Group:
 
     def _drops(self) -> bool:
         """Dropout is on; all members have the same."""
-        dropout = next(m.reading.dropout for m in self.members if isinstance(m, LoraForward))
-        return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0.0
+        for member in self.members:
+            dropout = member.reading.dropout if isinstance(member, LoraForward) else None
+            if dropout is not None:
+                return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0.0
+        return False
 
     def __getstate__(self) -> Any:
         return (self.members, self._homes, self.form, self.one_product, self.stack, self.bias_stack)
@@ -303,7 +312,7 @@ class Group:
     def __setstate__(self, state: Any) -> None:
         self.members, self._homes, self.form, self.one_product, self.stack, self.bias_stack = state
         self.owner = self.entry = None
-        self.layout_probe = False
+        self.probing = False
         self._hooks = None
 
     def _members_hooks(self) -> tuple[dict[int, Any], ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +33,8 @@ class Call:
 class Observation:
     """Sets of modules with one input, in the order in which they were called, and what the forward returned."""
 
-    shared: list[SharedInput] = field(default_factory=list)
-    called: set[nn.Module] = field(default_factory=set)
-    result: Any = None
+    shared: list[SharedInput]
+    result: list[Tensor]
 
 
 @dataclass
@@ -82,21 +81,25 @@ def observe(
     def keep(tensor: Tensor) -> Tensor:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # a tensor without storage
             saved.add(tensor.untyped_storage().data_ptr())
-        return tensor
+        return tensor.detach()  # the tensor itself would close a cycle around a node that saves its own result
 
     handles = []
     try:
         for module in target.modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        with untouched(target), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            result = target(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            result = run_quietly(target, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    observation = Observation(_shared(calls, saved), {call.module for call in calls}, detached(result))
-    calls.clear()
-    return observation
+    return Observation(_shared(calls, saved), result)
+
+
+def run_quietly(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The floating tensors of `target(*args, **kwargs)`, run in eval mode with everything put back."""
+    with untouched(target), torch.enable_grad():
+        return detached(target(*args, **kwargs))
 
 
 def _shared(calls: list[Call], saved: set[int]) -> list[SharedInput]:

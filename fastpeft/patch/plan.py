@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .group import read_plain
 from .observe import Observation, SharedInput
@@ -37,6 +37,21 @@ class Candidate:
     library: str | None = None  # whose LoRA linear layer it is; None for everything else
     reading: Reading | None = None
     reason: str | None = None  # why it stays as it is
+
+    @property
+    def adapted(self) -> bool:
+        """It has an active adapter that the operators can compute."""
+        return self.reading is not None and self.reading.name is not None
+
+    @property
+    def operands(self) -> Operands:
+        """Its tensors as they are now."""
+        if self.reading is None:
+            linear: Any = self.module
+            return (linear.weight, linear.bias, None, None, 0.0, 0.0)
+        operands = self.reading.tensors()
+        assert operands is not None  # `read_lora` has seen them
+        return operands
 
 
 @dataclass
@@ -100,12 +115,17 @@ def make_plan(
     grouped: set[nn.Module] = set()
     for shared in seen.shared if seen else ():
         members = [by_module[m] for m in shared.modules if m in by_module]
-        for part in _alike([c for c in members if c.reading is not None]):
-            group = _group(shared, part, [c for c in members if c.reading is None], tied, stack)
+        for part in _alike([c for c in members if c.adapted]):
+            group = _group(shared, part, [c for c in members if not c.adapted], tied, stack)
             if group is not None:
                 plan.groups.append(group)
                 grouped.update(c.module for c in group.members)
-    plan.alone = [c for c in candidates if c.reason is None and c.module not in grouped]
+    for candidate in candidates:
+        if candidate.reason is None and candidate.module not in grouped:
+            if candidate.adapted:
+                plan.alone.append(candidate)
+            else:
+                candidate.reason = "no active adapter"
     return plan
 
 
@@ -114,8 +134,8 @@ def _group(
 ) -> GroupPlan | None:
     """The group of these adapters' layers, with the plain ones where they help; None if there is nothing to share."""
     order = {module: index for index, module in enumerate(shared.modules)}
-    like = operands_of(lora[0])
-    joining = [c for c in plain if _same_kind(operands_of(c), like)]
+    like = lora[0].operands[0]
+    joining = [c for c in plain if _same_kind(c.operands[0], like)]
     everyone = sorted([*lora, *joining], key=lambda c: order[c.module])
     one_product, why = _one_product(shared, everyone, tied, stack)
     if one_product == "never":
@@ -129,7 +149,7 @@ def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], 
     """Shall the base weights lie side by side and be one product, and when; and why."""
     if stack == "never":
         return "never", "stack='never'"
-    operands = [operands_of(c) for c in members]
+    operands = [c.operands for c in members]
     weights, biases = [o[0] for o in operands], [o[1] for o in operands]
     if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
         return "never", "a weight is tied to another module"
@@ -153,16 +173,6 @@ def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], 
     return "free", f"it would keep {', '.join(lost)} for the backward"
 
 
-def operands_of(candidate: Candidate) -> Operands:
-    """The candidate's tensors, of an adapter's layer or a plain one."""
-    if candidate.reading is None:
-        linear: Any = candidate.module
-        return (linear.weight, linear.bias, None, None, 0.0, 0.0)
-    operands = candidate.reading.operands()
-    assert operands is not None
-    return operands
-
-
 def _alike(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
     """The candidates split into sets that one product can serve, largest first."""
     kinds = Counter(_kind(c) for c in candidates)
@@ -173,13 +183,12 @@ def _alike(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
 def _kind(candidate: Candidate) -> tuple[Any, ...]:
     reading = candidate.reading
     assert reading is not None
-    weight, A = operands_of(candidate)[0], reading.A.weight
+    weight, A = candidate.operands[0], reading.A.weight
     p = getattr(reading.dropout, "p", 0.0)
     return (p, A.dtype, weight.dtype, weight.device, weight.shape[1])
 
 
-def _same_kind(mine: Operands, theirs: Operands) -> bool:
-    a, b = mine[0], theirs[0]
+def _same_kind(a: Tensor, b: Tensor) -> bool:
     return (a.dtype, a.device, a.shape[1]) == (b.dtype, b.device, b.shape[1])
 
 

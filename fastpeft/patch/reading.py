@@ -49,9 +49,9 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 
 class Reading:
-    """One LoRA linear layer with one active, plain, unmerged adapter."""
+    """One LoRA linear layer with one active, plain, unmerged adapter, or (name None) with none that is active."""
 
-    def __init__(self, module: Any, name: str) -> None:
+    def __init__(self, module: Any, name: str | None) -> None:
         modules = module._modules
         self.module, self.name = module, name
         self._state, self._modules = module.__dict__, modules
@@ -60,8 +60,8 @@ class Reading:
         self.base = modules["base_layer"]
         self._A_of, self._B_of = modules["lora_A"]._modules, modules["lora_B"]._modules
         self._dropout_of = modules["lora_dropout"]._modules
-        self.A, self.B, self.dropout = self._A_of[name], self._B_of[name], self._dropout_of[name]
-        self.scaling: dict[str, float] = module.scaling
+        self.A, self.B, self.dropout = (parts.get(name) for parts in (self._A_of, self._B_of, self._dropout_of))
+        self.scaling: dict[str | None, float] = module.scaling
         self.transposed = type(self.base) is not nn.Linear  # a Conv1D keeps (K, N)
         self._hooks = tuple(hooks_of((self.base, self.A, self.B, self.dropout)))
 
@@ -74,6 +74,7 @@ class Reading:
             and self._A_of.get(name) is self.A
             and self._B_of.get(name) is self.B
             and self._dropout_of.get(name) is self.dropout
+            and (name is not None or self._A_of.keys().isdisjoint(self.module.active_adapters))
         )
 
     def operands(self) -> Operands | None:
@@ -82,25 +83,32 @@ class Reading:
         That is: it has changed (`holds` is false), is merged or disabled, has got hooks inside, or a weight is not an
         ordinary parameter any more.
         """
-        state, base, dropout = self._state, self.base, self.dropout
+        state = self._state
         if (
             not self.holds()
             or state["_disable_adapters"]
             or state["merged_adapters"]
             or any(self._hooks)
-            or "forward" in base.__dict__
+            or "forward" in self.base.__dict__
             or not state.get("cast_input_dtype_enabled", True)
             or _has_any_global_hook()
         ):
             return None
+        return self.tensors()
+
+    def tensors(self) -> Operands | None:
+        """The tensors, whatever state the layer is in; None if one is missing, or if dropout leaves nothing."""
+        dropout = self.dropout
         try:
-            parameters = base._parameters
+            parameters = self.base._parameters
             weight, bias = parameters["weight"], parameters["bias"]
+            if self.transposed:
+                weight = weight.t()
+            if dropout is None:
+                return (weight, bias, None, None, 0.0, 0.0)
             A, B = self.A._parameters["weight"], self.B._parameters["weight"]
         except KeyError:  # flattened (FSDP) or offloaded: no longer parameters of these modules
             return None
-        if self.transposed:
-            weight = weight.t()
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         return (weight, bias, A, B, self.scaling[self.name], p) if p < 1.0 else None
 
@@ -117,9 +125,9 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
         raise Unsupported("merged into the base weight; unmerge, then patch again")
     active = module.active_adapters
     names = [name for name in active if name in module.lora_A]
-    if len(names) != 1:
-        raise Unsupported(f"{len(names)} active adapters ({', '.join(names)})" if names else "no active adapter")
-    name = names[0]
+    if len(names) > 1:
+        raise Unsupported(f"{len(names)} active adapters ({', '.join(names)})")
+    name = names[0] if names else None
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:
         raise Unsupported(f"the adapter is not a plain LoRA but {type(variant).__name__}")
@@ -127,6 +135,15 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
     if not {"lora_A", "lora_B", "lora_dropout"} <= module._modules.keys() or "_disable_adapters" not in state:
         raise Unsupported("the layer does not keep its adapters where LoRA layers do")
     reading = Reading(module, name)
+    if name is not None:
+        _check_adapter(reading)
+    if any(hooks_of((base, reading.A, reading.B, reading.dropout))):
+        raise Unsupported("other code has registered hooks inside the layer")
+    return reading
+
+
+def _check_adapter(reading: Reading) -> None:
+    """Raises Unsupported unless A, B, dropout and scaling are what the operators take."""
     for part, label in ((reading.A, "lora_A"), (reading.B, "lora_B")):
         if type(part) is not nn.Linear:
             raise Unsupported(f"{label} is a {type(part).__name__}, not an nn.Linear")
@@ -139,15 +156,12 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
     if reading.B._parameters.get("bias") is not None:
         raise Unsupported("lora_bias: the adapter has a bias of its own")
     A, B = reading.A._parameters["weight"], reading.B._parameters["weight"]
-    if A.dtype != B.dtype or A.device != base.weight.device or B.device != base.weight.device:
+    if A.dtype != B.dtype or A.device != reading.base.weight.device or B.device != A.device:
         raise Unsupported("lora_A, lora_B and the base weight differ in dtype or device")
     if A.shape[0] > MAX_RANK:
         raise Unsupported(f"rank {A.shape[0]} is above {MAX_RANK}")
-    if not isinstance(reading.scaling[name], int | float):
-        raise Unsupported(f"its scaling is a {type(reading.scaling[name]).__name__}, not a number")
-    if any(hooks_of((base, reading.A, reading.B, reading.dropout))):
-        raise Unsupported("other code has registered hooks inside the layer")
-    return reading
+    if not isinstance(reading.scaling[reading.name], int | float):
+        raise Unsupported(f"its scaling is a {type(reading.scaling[reading.name]).__name__}, not a number")
 
 
 def check_base(base: Any) -> Any:

@@ -148,11 +148,11 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
 
     undo.append(restore_disabled)
     state["_disable_adapters"] = False
+    if reading.name is None:
+        return
     for part in (reading.A, reading.B):
-        assert part is not None
         _replace(part, undo)
     dropout = reading.dropout
-    assert dropout is not None
     undo.append(lambda: restore_training(dropout, before))
     before, dropout.training = dropout.training, False
 

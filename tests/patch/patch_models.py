@@ -22,47 +22,36 @@ import fastpeft
 from fastpeft.patch.group import Forward
 
 LIBRARIES = {"peft": peft, "fastpeft": fastpeft}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = (2, 40)  # more elements of input than what the operators compute natively
 
 
 def llama(**changes: Any) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config)
+    config = {"vocab_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0} | changes
+    return transformers.LlamaForCausalLM(LlamaConfig(**SIZES, **config))
 
 
 def gpt2() -> nn.Module:
-    sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=128, bos_token_id=1, eos_token_id=1)
-    return transformers.GPT2LMHeadModel(GPT2Config(**sizes))
+    sizes = {"n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    return transformers.GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=128, bos_token_id=1, eos_token_id=1))
 
 
 def bert() -> nn.Module:
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=128)
-    return transformers.BertForMaskedLM(BertConfig(**sizes))
+    return transformers.BertForMaskedLM(BertConfig(**SIZES, vocab_size=128))
 
 
 def neox() -> nn.Module:
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=128)
-    return transformers.GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, max_position_embeddings=64))
+    return transformers.GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, vocab_size=128, max_position_embeddings=64))
 
 
 def t5() -> nn.Module:
-    sizes = dict(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=128, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    config = T5Config(**sizes, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def vit() -> nn.Module:
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, num_labels=4)
-    return transformers.ViTForImageClassification(ViTConfig(**sizes, image_size=56, patch_size=8))
+    return transformers.ViTForImageClassification(ViTConfig(**SIZES, num_labels=4, image_size=56, patch_size=8))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (llama, gpt2, bert, neox, t5, vit)}

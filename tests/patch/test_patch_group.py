@@ -55,8 +55,17 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each call of the operators computed."""
     seen: list[int] = []
     group, alone = group_module.lora_linear_group, group_module.lora_linear
-    monkeypatch.setattr(group_module, "lora_linear_group", lambda x, w, *a, **k: (seen.append(len(w)), group(x, w, *a, **k))[1])
-    monkeypatch.setattr(group_module, "lora_linear", lambda *a: (seen.append(1), alone(*a))[1])
+
+    def counted_group(x: Tensor, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(weights))
+        return group(x, weights, *args, **kwargs)
+
+    def counted_alone(*args: Any) -> Tensor:
+        seen.append(1)
+        return alone(*args)
+
+    monkeypatch.setattr(group_module, "lora_linear_group", counted_group)
+    monkeypatch.setattr(group_module, "lora_linear", counted_alone)
     return seen
 
 
@@ -166,9 +175,9 @@ def test_parts_are_handed_over_not_kept(model: Any, x: Tensor) -> None:
     a, group = model.attention, all_groups(model)[0]
 
     def step(x: Tensor) -> int:
-        q, k, v = a.q(x), a.k(x), a.v(x)
-        ref = weakref.ref(k)
-        del q, k
+        a.q(x)
+        ref = weakref.ref(a.k(x))
+        a.v(x)
         gc.collect()
         assert group.entry is None
         return ref() is None

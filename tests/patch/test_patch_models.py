@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patch_models import GROUPS, LIBRARIES, MODELS, assert_same, groups_of, lora, lora_llama, run, traces
+import transformers
+from patch_models import GROUPS, LIBRARIES, MODELS, SIZES, assert_same, groups_of, llama, lora, lora_llama, run, traces
+from peft import LoraConfig, inject_adapter_in_model
 
 from fastpeft import patch, report, unpatch
 
@@ -51,25 +53,19 @@ def test_low_precision_and_fp32_adapters(dtype: torch.dtype, adapter_dtype: str,
 
 
 def test_biases_and_ranks_that_differ(device: torch.device) -> None:
-    import transformers
-    from patch_models import lora
-
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, num_key_value_heads=2))
+    config = transformers.Qwen2Config(**SIZES, vocab_size=128, num_key_value_heads=2)
+    model = transformers.Qwen2ForCausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model = lora(model, rank_pattern={"q_proj": 8, "up_proj": 1}, alpha_pattern={"k_proj": 1}).to(device)
     before = run(model)
     for stack in ("always", "never"):
         patch(model, stack=stack)
-        assert len(groups_of(model)) == 2
+        assert groups_of(model) == GROUPS["llama"]
         assert_same(run(model), before)
 
 
 def test_bare_models(device: torch.device) -> None:
-    from patch_models import llama
-    from peft import LoraConfig, inject_adapter_in_model
-
     model = llama().to(device)
     before = dict(model.__dict__)
     assert patch(model) is model and not traces(model) and model.__dict__ == before
