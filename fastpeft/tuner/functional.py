@@ -97,13 +97,15 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Inside the block no adapter takes part in the forward or is trainable; afterwards all is as before.
+    """Inside the block no adapter takes part in the forward, and the active ones are frozen; afterwards all is as
+    before.
 
     The same as `enable_adapters(False)` and back on each layer, but what was trainable is remembered and not worked out
-    again, so that a frozen adapter stays frozen, and hundreds of layers are switched in a millisecond.
+    again, so that a frozen adapter stays frozen; and adapters that are not active are not touched, so that it takes a
+    millisecond or two for hundreds of layers, however many adapters they have.
     """
     layers = list(adapter_layers(model))
-    trained = [p for p in _parameters_of(layers) if p.requires_grad and p.is_leaf]
+    trained = [p for p in _active_parameters(layers) if p.requires_grad and p.is_leaf]
     active = [layer._active_adapter for layer in layers]
     for parameter in trained:
         parameter.requires_grad = False
@@ -124,7 +126,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
                     layer._disable_adapters = False
                 else:
                     layer.enable_adapters(True)
-                    for parameter in _parameters_of([layer]):
+                    for parameter in _active_parameters([layer]):
                         if parameter.is_leaf:
                             parameter.requires_grad = False
             for parameter in trained:
@@ -135,18 +137,21 @@ def _has_plain_switch(layer: Any) -> bool:
     return getattr(type(layer), "enable_adapters", None) is BaseTunerLayer.enable_adapters
 
 
-def _parameters_of(layers: Iterable[Any]) -> list[nn.Parameter]:
-    """The parameters of all adapters of tuner layers, and of the copies in wrappers."""
+def _active_parameters(layers: Iterable[Any]) -> list[nn.Parameter]:
+    """The parameters of the active adapters of tuner layers, and of the active copies in wrappers."""
     found: list[Any] = []
     for layer in layers:
         containers = layer._modules
-        for name in layer.adapter_layer_names:
-            container = containers.get(name)
+        for container_name in layer.adapter_layer_names:
+            container = containers.get(container_name)
             if container is None:
                 continue
-            found += container._parameters.values()
-            for module in container._modules.values():
-                found += module.parameters() if module._modules else module._parameters.values()
+            for name in layer.active_adapters:
+                if name in container._modules:
+                    module = container._modules[name]
+                    found += module.parameters() if module._modules else module._parameters.values()
+                elif name in container._parameters:
+                    found.append(container._parameters[name])
     return [parameter for parameter in found if parameter is not None]
 
 
