@@ -388,7 +388,7 @@ def _keys_of_base_model(model: Any) -> dict[str, str]:
                 if part != "base_layer":
                     break  # a part of the adapter
             elif path in saved:
-                if part != "original_module":
+                if part not in ("original_module", "token_adapter"):
                     break  # an adapter's copy
             else:
                 plain.append(part)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from .layers.tokens import TrainableTokensWrapper
 from .layers.wrappers import AuxiliaryTrainingWrapper
 from .tuner.base import BaseTuner
 from .tuner.walk import BaseTunerLayer, is_transformers_model, named_modules
@@ -135,6 +136,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         _layer_status(name, module)
         for name, module in named_modules(root)
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        and not isinstance(module, TrainableTokensWrapper)  # the layer inside of it is the one
     ]
     if not status:
         raise ValueError(

@@ -32,7 +32,6 @@ UNIMPLEMENTED: dict[str, str] = {
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow routing",
     "layer_replication": "replicating layers",
-    "trainable_token_indices": "training single tokens",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
     "ensure_weight_tying": "tying the adapters of tied layers",

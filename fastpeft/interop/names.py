@@ -191,16 +191,19 @@ HOMES: dict[str, str] = {
     "fastpeft.errors": f"{_ERRORS} PeftWarning",
     "fastpeft.interop.helpers": f"""{_PROBES} check_if_peft_model rescale_adapter_scale disable_input_dtype_casting
         fsdp_auto_wrap_policy""",
+    "fastpeft.interop.hotswap": """hotswap_adapter hotswap_adapter_from_state_dict check_hotswap_configs_compatible
+        prepare_model_for_compiled_hotswap""",
     "fastpeft.interop.transformers_weights": "build_peft_weight_mapping",
     "fastpeft.kbit": "prepare_model_for_kbit_training",
     "fastpeft.layers": """BaseTunerLayer LoraLayer LoraVariant Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention
-        ParamWrapper AuxiliaryTrainingWrapper ModulesToSaveWrapper check_adapters_to_merge""",
+        ParamWrapper AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper check_adapters_to_merge""",
     "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
     "fastpeft.prepare": "preprocess_corda preprocess_loraga",
     "fastpeft.prepare.lora_ga": "estimate_gradients",
-    "fastpeft.state_dict": _STATE,
+    "fastpeft.state_dict": f"""{_STATE} _get_tuner_state_dict_key_prefixes=adapter_key_prefixes
+        _filter_state_dict_by_key_prefixes=filter_by_prefixes""",
     "fastpeft.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "fastpeft.storage": "load_peft_weights",
     "fastpeft.tasks": _TASKS,

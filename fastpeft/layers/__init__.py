@@ -8,6 +8,7 @@ from fastpeft.layers.embedding import Embedding
 from fastpeft.layers.experts import ParamWrapper
 from fastpeft.layers.linear import Linear
 from fastpeft.layers.lora import LoraLayer
+from fastpeft.layers.tokens import TrainableTokensLayer, TrainableTokensWrapper
 from fastpeft.layers.variants import LoraVariant
 from fastpeft.layers.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -24,5 +25,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "MultiheadAttention",
     "ParamWrapper",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
     "check_adapters_to_merge",
 ]

@@ -289,4 +289,6 @@ def _move(container: Any, name: str, device: torch.device, dtype: torch.dtype | 
         if isinstance(item, nn.Module):
             item.to(device=device, dtype=dtype)
             return
-        container[name] = nn.Parameter(tensor.detach().to(device, target), tensor.requires_grad)
+        moved = tensor.detach().to(device, target)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        container[name] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved

@@ -6,47 +6,17 @@ For dA, x is rebuilt as scale · (z · v) vᵀ. The forward, and the gradients o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastpeft.layers.buffers import BufferDict
 from fastpeft.layers.variants import AdditiveVariant
 
 if TYPE_CHECKING:
     from fastpeft.configs import LoraConfig
-
-
-class BufferDict(nn.Module):
-    """Buffers by adapter name, saved with the model."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._buffers[name]  # type: ignore[return-value]
-
-    def __setitem__(self, name: str, value: Tensor) -> None:
-        self._buffers[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._buffers[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._buffers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def keys(self) -> Any:
-        """The adapters' names."""
-        return self._buffers.keys()
-
-    def items(self) -> Any:
-        """(adapter name, buffer)."""
-        return self._buffers.items()
 
 
 class Velora(AdditiveVariant):

@@ -29,7 +29,7 @@ from .targets import (
     unmatched_patterns,
 )
 from .tied import warn_if_tied
-from .trainable import set_wrapper_adapter, wrap_modules_to_save
+from .trainable import set_wrapper_adapter, wrap_modules_to_save, wrap_trainable_tokens
 from .transaction import Undo, transaction
 from .walk import adapter_layers, adapter_parameters, named_modules, submodule_and_parent
 
@@ -260,6 +260,7 @@ def _finish(
     if is_first:
         tuner._mark_only_adapters_as_trainable(model)
     wrap_modules_to_save(model, config, adapter_name, activate=adapter_name in tuner.active_adapters)
+    wrap_trainable_tokens(model, config, adapter_name, activate=adapter_name in tuner.active_adapters)
     if not is_first:
         for parameter, flag in before:
             parameter.requires_grad = flag

@@ -44,7 +44,7 @@ def names_tied_with_embedding(model: nn.Module) -> list[str]:
     of_embedding = {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[operator]
     # an adapted module's weight has moved to `base_layer`; the keys still have the name from before
     now = {
-        re.sub(r"(^|\.)base_layer\.", r"\1", name): name
+        re.sub(r"(?<![^.])(base_layer|original_module|token_adapter)\.", "", name): name
         for name, p in model.named_parameters(remove_duplicate=False)
         if id(p) in of_embedding
     }
