@@ -71,7 +71,7 @@ def main() -> None:
     _fastpeft(
         *("finetune", "--model", str(model), "--data", str(data), "--out", str(adapter), "--overwrite"),
         *("--r", "16", "--dropout", "0.05", "--lr", "1e-3", "--batch", "8", "--max-length", "128"),
-        *("--eval-split", "40", *length),
+        *("--eval-split", "40", "--eval-steps", "25", *length),
         *(part for prompt in PROMPTS for part in ("--prompt", prompt)),
     )
 

@@ -172,10 +172,10 @@ def _show(report: dict[str, Any]) -> None:
 
     row(
         "step",
-        [f"{1e3 * r['step_seconds_median']:.1f} ms" for r in results],
+        [_time(r["step_seconds_median"]) for r in results],
         _verdict(both["speedup"]) if both else "",
     )
-    row("  middle half within", [f"± {500 * r['step_seconds_iqr']:.1f} ms" for r in results])
+    row("  half the quartile range", [f"± {_time(r['step_seconds_iqr'] / 2)}" for r in results])
     row("tokens per second", [f"{r['tokens_per_second']:,.0f}" for r in results])
     row(
         "saved activations",
@@ -202,6 +202,10 @@ def _show(report: dict[str, Any]) -> None:
 
 def _verdict(factor: float) -> Text:
     return Text(f"{factor:.2f}× faster", "good") if factor >= 1 else Text(f"{1 / factor:.2f}× slower", "bad")
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _less(ratio: float | None) -> Text | str:

@@ -18,7 +18,7 @@ import torch
 from rich.markup import escape
 
 import fastpeft
-from fastpeft.cli.console import console, facts, quiet_libraries, warn
+from fastpeft.cli.console import console, facts, quiet_libraries
 from fastpeft.cli.data import Example, load_examples, split_examples
 from fastpeft.cli.encode import Collator, Encoded, encode, ensure_chat_template, pad_id
 from fastpeft.cli.errors import CommandError
@@ -231,7 +231,7 @@ def finetune(options: FinetuneOptions) -> int:
         model = _adapted(options, model)
     show_start(options, rows, model, template, device, dtype, arguments, checkpoint)
 
-    interrupts = Interrupts(lambda: warn("finishing this step, then saving a checkpoint (again: quit at once)"))
+    interrupts = Interrupts()
     display = TrainingDisplay(device, interrupts)
     trainer = RowTrainer(
         model=model,

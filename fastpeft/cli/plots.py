@@ -10,7 +10,8 @@ from typing import Any
 from fastpeft import atomic
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
-COLOURS = ("#0f766e", "#c2410c", "#6d28d9", "#475569")
+COLOURS = ("#0f766e", "#c2410c")
+_CONTENDERS = ("#0f766e", "#94a3b8")
 
 
 def _pyplot() -> Any:
@@ -72,26 +73,30 @@ def comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -> boo
     plt = _pyplot()
     if plt is None:
         return False
-    figure, all_axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    figure, all_axes = plt.subplots(1, 4, figsize=(12, 3.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     panels = (
-        ("tokens per second", "tokens_per_second", 1.0, "{:,.0f}"),
-        ("saved activations, MiB", "saved_activation_bytes", 2.0**20, "{:,.1f}"),
-        ("peak memory growth, MiB", "peak_memory_growth_bytes", 2.0**20, "{:,.0f}"),
+        ("tokens per second", "more is better", "tokens_per_second", 1.0),
+        ("saved activations", "MiB, less is better", "saved_activation_bytes", 2.0**20),
+        ("peak memory growth", "MiB, less is better", "peak_memory_growth_bytes", 2.0**20),
     )
     names = [result["name"] for result in results]
-    for axes, (label, key, unit, form) in zip(all_axes, panels):
+    for axes, (label, note, key, unit) in zip(all_axes, panels):
         values = [(result[key] or 0) / unit for result in results]
-        bars = axes.bar(names, values, color=COLOURS[: len(names)], width=0.6)
-        axes.bar_label(bars, labels=[form.format(value) for value in values], padding=2)
-        axes.set_title(label)
+        bars = axes.bar(names, values, color=_CONTENDERS[: len(names)], width=0.6)
+        axes.bar_label(
+            bars, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=2
+        )
+        axes.set(title=label, xlabel=note)
+        axes.xaxis.label.set_color(_FAINT)
         axes.margins(y=0.15)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
     for index, result in enumerate(results):
         all_axes[3].plot(
-            result["losses"], color=COLOURS[index], linestyle="-" if index == 0 else "--", label=result["name"]
+            result["losses"], color=_CONTENDERS[index], linestyle="-" if index == 0 else "--", label=result["name"]
         )
-    all_axes[3].set_title("loss by step")
+    all_axes[3].set(title="loss", xlabel="step")
     all_axes[3].legend(frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_FAINT)
     _save(plt, figure, path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
-from fastpeft.cli.console import console, duration, number, size
+from fastpeft.cli.console import console, duration, number, size, warn
 from fastpeft.cli.errors import CommandError
 from fastpeft.measure import PeakMemory, resident_bytes
 
@@ -26,16 +26,17 @@ from fastpeft.measure import PeakMemory, resident_bytes
 class Interrupts:
     """Within the block the first SIGINT or SIGTERM only sets `asked`; a second one interrupts at once."""
 
-    def __init__(self, on_first: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.asked = False
-        self._on_first = on_first
+        self.on_first: Callable[[], None] | None = None
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._on_first()
+        if self.on_first is not None:
+            self.on_first()
 
     def __enter__(self) -> Interrupts:
         for sign in (signal.SIGINT, signal.SIGTERM):
@@ -120,6 +121,7 @@ class TrainingDisplay(TrainerCallback):
     def __init__(self, device: torch.device, interrupts: Interrupts) -> None:
         self.device = device
         self.interrupts = interrupts
+        interrupts.on_first = self._say_stopping
         self.seconds = 0.0
         self.tokens = 0
         self.memory = PeakMemory(device)
@@ -135,6 +137,12 @@ class TrainingDisplay(TrainerCallback):
         if len(marks) < 2 or marks[-1][0] == marks[0][0]:
             return 0.0
         return (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
+
+    def _say_stopping(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description="[yellow]stopping")
+        else:
+            warn("finishing this step, then saving a checkpoint (again: quit at once)")
 
     def _line(self) -> dict[str, Any]:
         loss = "–" if math.isnan(self.loss) else f"{self.loss:.3f}"
@@ -154,7 +162,7 @@ class TrainingDisplay(TrainerCallback):
         if console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("[bold]train[/bold]"),
+                TextColumn("[bold]{task.description}[/bold]"),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 MofNCompleteColumn(),
                 TextColumn("loss [bold]{task.fields[loss]}[/bold]"),
@@ -166,7 +174,7 @@ class TrainingDisplay(TrainerCallback):
                 console=console,
                 expand=True,
             )
-            self._bar.add_task("", total=state.max_steps, completed=state.global_step, **self._line())
+            self._bar.add_task("train", total=state.max_steps, completed=state.global_step, **self._line())
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
