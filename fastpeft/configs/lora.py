@@ -34,7 +34,6 @@ UNIMPLEMENTED: dict[str, str] = {
     "layer_replication": "replicating layers",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
-    "ensure_weight_tying": "tying the adapters of tied layers",
     "runtime_config.ephemeral_gpu_offload": "ephemeral GPU offload",
 }
 
@@ -126,6 +125,9 @@ class LoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.LORA
         self._custom_modules: dict[type, type] | None = None
+        # With `ensure_weight_tying`, what follows the embedding; found when the adapter is made, and not saved.
+        self.modules_to_tie: set[str] | None = None
+        self.target_modules_to_tie: set[str] | None = None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

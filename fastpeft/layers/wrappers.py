@@ -225,8 +225,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             set_requires_grad(self.modules_to_save[adapter_name], True)
 
     def _copy(self, tied_module: Any) -> nn.Module:
-        if tied_module:
-            linear = nn.Linear(*tied_module.weight.shape, bias=False)
+        if tied_module is not None and isinstance(self.original_module, nn.Embedding):
+            return nn.Embedding(*tied_module.weight.shape, _weight=tied_module.weight)
+        if tied_module is not None:
+            linear = nn.Linear(*reversed(tied_module.weight.shape), bias=False)
             linear.weight = tied_module.weight
             return linear
         module = copy.deepcopy(self.original_module)

@@ -28,7 +28,7 @@ from .targets import (
     include_all_linear_layers,
     unmatched_patterns,
 )
-from .tied import warn_if_tied
+from .tied import is_tied_target, prepare_tied_layers, share_factors
 from .trainable import set_wrapper_adapter, wrap_modules_to_save, wrap_trainable_tokens
 from .transaction import Undo, transaction
 from .walk import adapter_layers, adapter_parameters, named_modules, submodule_and_parent
@@ -54,7 +54,7 @@ def inject_adapter(
             tuner._prepare_adapter_config(config, tuner.get_model_config(model))
         convert_config_for_transformers(config, model)
         tuner._check_new_adapter_config(config)
-        warn_if_tied(model, config)
+        prepare_tied_layers(model, config)
         if config.target_parameters and state_dict:
             raise ValueError(
                 "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This "
@@ -76,11 +76,17 @@ def inject_adapter(
             with creation_context(low_cpu_mem_usage):
                 tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=key)
         parameter_names = inject_parameters(tuner, model, config, adapter_name, low_cpu_mem_usage)
+        for key in names.tied:
+            parent, target, target_name = submodule_and_parent(model, key)
+            with creation_context(low_cpu_mem_usage):
+                tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=key)
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            share_factors(embedding, getattr(parent, target_name), adapter_name, bool(config.init_lora_weights))
 
         if not is_dummy:
             _check_matches(config, names, parameter_names)
         _finish(tuner, model, config, adapter_name, is_first, before)
-        _extend_unique(tuner.targeted_module_names, names.targeted, undo)
+        _extend_unique(tuner.targeted_module_names, names.targeted + names.tied, undo)
         _extend_unique(tuner.targeted_parameter_names, parameter_names, undo)
 
 
@@ -151,8 +157,11 @@ class _Names:
         matcher = TargetMatcher(config)
         self.keys = list(keys)
         self.targeted: list[str] = []
+        self.tied = [key for key in self.keys if is_tied_target(config, key)]  # adapted last, like the embedding
         self.excluded = self.unmatched = False
         for key in self.keys:
+            if key in self.tied:
+                continue
             match = matcher(key)
             if match is EXCLUDED:
                 self.excluded = True
@@ -169,7 +178,7 @@ class _Names:
         stored = {key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         names = cls(config, (key.removeprefix("_orig_mod.") for key in keys))
         by_config = set(names.targeted)
-        names.targeted = [key for key in names.keys if key in stored]
+        names.targeted = [key for key in names.keys if key in stored and key not in names.tied]
         names.excluded, names.unmatched = False, len(names.targeted) < len(names.keys)
         only_config, only_stored = sorted(by_config - stored), sorted(set(names.targeted) - by_config)
         if only_config or only_stored:

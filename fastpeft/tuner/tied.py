@@ -52,22 +52,85 @@ def names_tied_with_embedding(model: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in names})
 
 
-def warn_if_tied(model: nn.Module, config: LoraConfig) -> None:
-    """Warn about an adapter, or a copy in `modules_to_save`, on one of several layers that share a weight."""
+def prepare_tied_layers(model: nn.Module, config: LoraConfig) -> None:
+    """See to layers that share a weight and are adapted, or copied for `modules_to_save`.
+
+    With `ensure_weight_tying` the config is changed so that the embedding is adapted (or copied) and the layers tied to
+    it follow: they are in `modules_to_tie` or `target_modules_to_tie` then, and no longer among the others. Without, or
+    where there is nothing to tie, there is a warning.
+    """
+    copied = any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in config.modules_to_save or ())
     targets = config.target_modules
     if isinstance(targets, str):
-        affected = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
+        adapted = any(re.fullmatch(targets, name) for name in EMBEDDING_LAYER_NAMES)
     else:
-        affected = any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in targets or ())
-    affected = affected or any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in config.modules_to_save or ())
-    if affected and names_tied_with_embedding(model):
+        adapted = any(name.split(".")[-1] in EMBEDDING_LAYER_NAMES for name in targets or ())
+    if not config.ensure_weight_tying:
+        if (copied or adapted) and names_tied_with_embedding(model):
+            warnings.warn(
+                "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+                "`ensure_weight_tying` is not set to True. This can lead to complications, for example when merging "
+                "the adapter or converting your model to formats other than safetensors. Check the discussion here: "
+                "https://github.com/huggingface/peft/issues/2777",
+                stacklevel=2,
+            )
+        return
+    tied = names_tied_with_embedding(model)
+    if not tied:
         warnings.warn(
-            "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` "
-            "is not set to True. This can lead to complications, for example when merging the adapter or converting "
-            "your model to formats other than safetensors. Check the discussion here: "
-            "https://github.com/huggingface/peft/issues/2777",
+            "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=2
+        )
+        return
+    source = embedding_name(model)
+    if copied:
+        config.modules_to_tie = set(tied)
+        config.modules_to_save = _without_tied([*(config.modules_to_save or ()), source], tied)
+    elif adapted:
+        config.target_modules_to_tie = set(tied)
+        if isinstance(targets, str):
+            config.target_modules = rf"(?:{targets}|^{re.escape(source)}$)"
+        else:
+            config.target_modules = set(_without_tied([*(targets or ()), source], tied))
+    elif config.trainable_token_indices is None:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`",
             stacklevel=2,
         )
+
+
+def embedding_name(model: Any, default: str = "embed_tokens") -> str:
+    """The name of the model's input embedding."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is embedding), default)
+
+
+def is_tied_target(config: Any, key: str) -> bool:
+    """Whether the module named `key` is to follow the adapter of the embedding."""
+    names = config.target_modules_to_tie or ()
+    return key in names or any(key.endswith(f".{name}") for name in names)
+
+
+def share_factors(embedding: Any, layer: Any, adapter_name: str, initialised: bool) -> None:
+    """Let a layer tied to an embedding have the embedding's factors: its A is their B transposed, its B their A.
+
+    The parameters of both share memory. If the layer's own were `initialised`, it is their values that both have.
+    """
+    A, B = embedding.lora_embedding_A[adapter_name], embedding.lora_embedding_B[adapter_name]
+    if adapter_name in layer.lora_embedding_A:
+        layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name] = A, B
+        return
+    for factor, source in ((layer.lora_A[adapter_name], B), (layer.lora_B[adapter_name], A)):
+        if initialised and not source.is_meta:  # PEFT fills the shared memory: the same numbers, in its order
+            source.data.copy_(factor.weight.data.flatten().view(source.shape))
+        factor.weight = nn.Parameter(source.data.t(), requires_grad=factor.weight.requires_grad)
+
+
+def _without_tied(names: list[str], tied: list[str]) -> list[str]:
+    """The names, each once, without those that match one of the tied modules."""
+    matches = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in names]
+    kept = [name for name, m in zip(names, matches) if not any(m.match(key) for key in tied)]
+    return list(dict.fromkeys(kept))
 
 
 def warn_before_merge(targeted_module_names: list[str], tie_word_embeddings: bool) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.base import BaseTunerLayer
 from ..layers.tokens import TrainableTokensWrapper
 from ..layers.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from .tied import names_tied_with_embedding
+from .tied import embedding_name, names_tied_with_embedding
 from .transaction import Undo, transaction
 from .walk import wrappers
 
@@ -24,15 +24,16 @@ def wrap_modules_to_save(model: nn.Module, config: LoraConfig, adapter_name: str
 
     Args:
         activate: whether the adapter is active, so that its copies are the ones that run and are trained.
+
+    Modules in `modules_to_tie` share the weight of the embedding's copy.
     """
+    options: Any = {"inference_mode": config.inference_mode, "activate_adapter": activate}
     if config.modules_to_save:
-        set_trainable(
-            model,
-            adapter_name,
-            module_names=config.modules_to_save,
-            inference_mode=config.inference_mode,
-            activate_adapter=activate,
-        )
+        set_trainable(model, adapter_name, config.modules_to_save, **options)
+    if config.modules_to_tie:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        source = embedding.modules_to_save[adapter_name]
+        set_trainable(model, adapter_name, sorted(config.modules_to_tie), tied_module=source, **options)
 
 
 def wrap_trainable_tokens(model: nn.Module, config: LoraConfig, adapter_name: str, *, activate: bool) -> None:
@@ -45,7 +46,7 @@ def wrap_trainable_tokens(model: nn.Module, config: LoraConfig, adapter_name: st
     indices = config.trainable_token_indices
     if indices is None:
         return
-    targets = indices if isinstance(indices, dict) else {_embedding_name(model): indices}
+    targets = indices if isinstance(indices, dict) else {embedding_name(model): indices}
     for name in targets:
         if name in (config.modules_to_save or ()):
             raise ValueError(
@@ -87,14 +88,9 @@ def wrap_trainable_tokens(model: nn.Module, config: LoraConfig, adapter_name: st
         )
 
 
-def _embedding_name(model: Any) -> str:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return next((name for name, module in model.named_modules() if module is embedding), "embed_tokens")
-
-
 def _tied_targets(model: Any, targets: Collection[str]) -> list[str]:
     """Those of the targets that name the input embedding or a module tied to it."""
-    embedding, tied = _embedding_name(model), names_tied_with_embedding(model)
+    embedding, tied = embedding_name(model), names_tied_with_embedding(model)
 
     def is_one(name: str) -> bool:
         return embedding.endswith(name) or any(other.endswith(name) or name in other.split(".") for other in tied)
