@@ -14,6 +14,7 @@ calls, not arithmetic, are what they cost. Groups of projections of one input ar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -186,3 +187,14 @@ def check(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout_p: float, whe
         raise ValueError(f"{where}: rank must be from 1 to {MAX_RANK}, got {r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{where}: dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def column_block(y: Tensor, offset: int, n: int, lead: torch.Size) -> Tensor:
+    """Columns offset … offset + n of y (M, N) as (*lead, n), sharing memory but not a view to autograd.
+
+    A view returned by an autograd.Function may not be changed in place, and models do that (clamp_ on queries).
+    """
+    if torch.compiler.is_compiling():
+        return y.narrow(1, offset, n).view(*lead, n)
+    strides = [math.prod(lead[i + 1 :]) * y.stride(0) for i in range(len(lead))]
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset() + offset, (*lead, n), (*strides, 1))

@@ -9,7 +9,6 @@ blocks of one matrix the base is one product and the outputs are column blocks o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import OPS, route
-from .lora_linear import NATIVE_ELEMENTS, check, rows_of
+from .bordered import BorderedWeight, lora_linear_bordered
+from .lora_linear import NATIVE_ELEMENTS, check, column_block, rows_of
 
-FORMS = ("auto", "plain", "fused")
+FORMS = ("auto", "plain", "fused", "bordered")
 
 
 def lora_linear_group(
@@ -33,7 +33,7 @@ def lora_linear_group(
     scaling: Sequence[float],
     dropout_p: float = 0.0,
     *,
-    stacked_weight: Tensor | None = None,
+    stacked_weight: Tensor | BorderedWeight | None = None,
     stacked_bias: Tensor | None = None,
     form: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -43,12 +43,18 @@ def lora_linear_group(
     draws its own dropout mask. stacked_weight: (sum N_g, K), whose row blocks are the weights in their order: then the
     base is one product and the outputs are column blocks of one matrix. stacked_bias: the biases likewise, in one.
     form: "plain" (the vendor's product, then the rim added in place), "fused" (base and rim in one kernel, where the
-    backend has one), or "auto".
+    backend has one), "bordered" (one vendor product for both; stacked_weight must be a BorderedWeight, every projection
+    have an adapter, all of one rank and dtype), or "auto", which is plain (docs/bordered_weight.md has the numbers).
 
     Raises ValueError on lists, shapes or options that do not fit.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    bordered = None
+    if isinstance(stacked_weight, BorderedWeight):
+        bordered, stacked_weight = stacked_weight, stacked_weight.weight
+    elif form == "bordered":
+        raise ValueError("form 'bordered' needs stacked_weight to be a BorderedWeight")
     _check(x, weights, biases, lora_A, lora_B, scaling, dropout_p, stacked_weight)
     trainable_base = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
     if (
@@ -58,6 +64,8 @@ def lora_linear_group(
     ):
         return native.linear(x, weights, biases, lora_A, lora_B, scaling, dropout_p)
 
+    if form == "bordered" and bordered is not None:
+        return _bordered(x, bordered, weights, biases, lora_A, lora_B, scaling, dropout_p)
     members = tuple(i for i, a in enumerate(lora_A) if a is not None)
     device, cast = x.device, None
     adapters: list[Any] = [lora_A[i] for i in members] + [lora_B[i] for i in members]
@@ -80,6 +88,26 @@ def lora_linear_group(
     base = [stacked_weight] if stacked else [*weights]
     added = [stacked_bias] if plan.stacked_bias else [*biases]
     return _LoraLinearGroup.apply(plan, x, seed, *base, *added, *adapters)
+
+
+def _bordered(
+    x: Tensor,
+    bordered: BorderedWeight,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor | None],
+    lora_B: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    dropout_p: float,
+) -> tuple[Tensor, ...]:
+    given_A, given_B = [a for a in lora_A if a is not None], [b for b in lora_B if b is not None]
+    if len(given_A) != len(weights):
+        raise ValueError("form 'bordered' needs an adapter on every projection")
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("form 'bordered' computes in the weight's dtype: use form 'plain' under autocast")
+    splits = [w.shape[0] for w in weights]
+    outputs = lora_linear_bordered(x, bordered, given_A, given_B, scaling, splits, dropout_p)
+    return tuple(y if b is None else y + b for y, b in zip(outputs, biases))
 
 
 class _Plan(NamedTuple):
@@ -203,7 +231,7 @@ def _forward(
         own_bias = None if plan.stacked_bias else biases[i]
         if own_bias is not None:
             y.narrow(1, plan.offset(i), n).add_(own_bias)
-        blocks.append(_block(y, plan.offset(i), n, lead))
+        blocks.append(column_block(y, plan.offset(i), n, lead))
     return s, tuple(blocks)
 
 
@@ -299,14 +327,3 @@ def _stack_columns(parts: list[Tensor], r: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([p if p.shape[1] == r else F.pad(p, (0, r - p.shape[1])) for p in parts])
-
-
-def _block(y: Tensor, offset: int, n: int, lead: torch.Size) -> Tensor:
-    """Columns offset … offset + n of y (M, N) as (*lead, n), sharing memory but not a view to autograd.
-
-    A view returned by an autograd.Function may not be changed in place, and models do that (clamp_ on queries).
-    """
-    if torch.compiler.is_compiling():
-        return y.narrow(1, offset, n).view(*lead, n)
-    strides = [math.prod(lead[i + 1 :]) * y.stride(0) for i in range(len(lead))]
-    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset() + offset, (*lead, n), (*strides, 1))
