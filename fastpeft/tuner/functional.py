@@ -141,12 +141,10 @@ def _active_parameters(layers: Iterable[Any]) -> list[nn.Parameter]:
     """The parameters of the active adapters of tuner layers, and of the active copies in wrappers."""
     found: list[Any] = []
     for layer in layers:
-        containers = layer._modules
+        containers, names = layer._modules, layer.active_adapters
         for container_name in layer.adapter_layer_names:
             container = containers.get(container_name)
-            if container is None:
-                continue
-            for name in layer.active_adapters:
+            for name in names if container is not None else ():
                 if name in container._modules:
                     module = container._modules[name]
                     found += module.parameters() if module._modules else module._parameters.values()

@@ -232,8 +232,8 @@ def test_disable_adapter_makes_few_calls_and_does_not_grow(llama):
     one = calls(switch)
     for i in range(4):
         model.add_adapter(f"a{i}", LoraConfig(r=2, target_modules="all-linear"))
-    assert one < 20 * 112
-    assert calls(switch) <= one + 50
+    assert one < 24 * 112
+    assert calls(switch) <= one + 20
 
 
 def test_add_adapter_does_not_grow_with_the_adapters_there(llama):
