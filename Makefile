@@ -3,6 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py constraints.txt tools/setup.sh $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 DEMO_OUT ?= demo-out
+ARGS ?=
 
 .PHONY: help setup test lint format demo bench doctor clean
 
@@ -15,8 +16,8 @@ $(VENV)/.ready: $(SOURCES)
 
 setup: $(VENV)/.ready  ## create .venv and install fastpeft with everything the tests and the demo need
 
-test: $(VENV)/.ready  ## run the whole test suite
-	$(PY) -m pytest
+test: $(VENV)/.ready  ## run the whole test suite, a worker a core (ARGS="-k name" for some of it)
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(VENV)/bin/ruff check .

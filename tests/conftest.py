@@ -29,6 +29,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(name)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a worker a core: more threads would only fight each other
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
