@@ -1,8 +1,10 @@
 """A planned replacement against the modules it replaces: once, on random numbers, forward and backward.
 
 Both sides are compared with the same formula in float64. Ours may err at most twice as much as the original does: the
-original's error is what this dtype can do. The adapter's weights are random for the comparison (a fresh B is zero and
-would hide everything) and dropout is off; the parameters, flags and the random state are as before afterwards.
+original's error is what this dtype can do. Outputs and input gradients are compared so on a sample of their columns
+(converting a large weight to float64 would take longer than everything else) and with each other on all of them. The
+adapter's weights are random for the comparison (a fresh B is zero and would hide everything) and dropout is off; the
+parameters, flags and the random state are as before afterwards.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..ops.lora_linear import NATIVE_ELEMENTS
 from .group import Group, LoraForward, PlainForward
 from .reading import Operands
 
 ROWS = 33  # odd, and more than a tile
+COLUMNS = 96  # of outputs and of the input's gradient that are computed in float64
 FACTOR = 2.0
 
 Member = LoraForward | PlainForward
@@ -62,9 +66,10 @@ def _compare(
 ) -> str | None:
     weight = operands[0][0]
     generator = torch.Generator(weight.device).manual_seed(0)
-    dtype, device = weight.dtype, weight.device
-    x = torch.randn(1, ROWS, weight.shape[1], generator=generator, dtype=dtype, device=device)
-    dys = [torch.randn(1, ROWS, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
+    dtype, device, width = weight.dtype, weight.device, weight.shape[1]
+    rows = max(ROWS, NATIVE_ELEMENTS // width + 1)  # enough for the operators proper
+    x = torch.randn(1, rows, width, generator=generator, dtype=dtype, device=device)
+    dys = [torch.randn(1, rows, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
     adapters = [t for o in operands for t in o[2:4] if t is not None]
     try:
         theirs = _run(x, dys, adapters, lambda x: [member.original(x) for member in members])
@@ -73,15 +78,25 @@ def _compare(
         return f"it failed when tried: {type(error).__name__}: {error}"
     if ours is None or theirs is None:
         return "its conditions do not hold"
-    exact = _exact(x, dys, operands)
     names = ["output"] * len(members) + ["gradient of the input"] + ["gradient of an adapter weight"] * len(adapters)
-    for name, mine, other, truth in zip(names, ours, theirs, exact):
-        if mine.dtype != other.dtype or mine.shape != other.shape:
-            return f"{name}: {mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
-        error, theirs_error = _distance(mine, truth), _distance(other, truth)
-        floor = torch.finfo(other.dtype).eps / 4
-        if not error <= max(FACTOR * theirs_error, floor):
-            return f"{name}: relative error {error:.1e} against float64, the original's is {theirs_error:.1e}"
+    for name, mine, other, (columns, truth) in zip(names, ours, theirs, _exact(x, dys, operands)):
+        reason = _judge(mine, other, columns, truth)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _judge(mine: Tensor, other: Tensor, columns: Tensor | slice, truth: Tensor) -> str | None:
+    """Why `mine` may not stand for `other`. truth: some columns of both, in float64."""
+    if mine.dtype != other.dtype or mine.shape != other.shape:
+        return f"{mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
+    error, theirs = _distance(mine[..., columns], truth), _distance(other[..., columns], truth)
+    allowed = max(FACTOR * theirs, torch.finfo(other.dtype).eps / 4)
+    if not error <= allowed:
+        return f"relative error {error:.1e} against float64, the original's is {theirs:.1e}"
+    apart = _distance(mine, other)
+    if not apart <= 1.5 * (allowed + theirs):  # what two such errors can add up to; the sample may flatter either
+        return f"relative distance {apart:.1e} from the original, whose error is {theirs:.1e}"
     return None
 
 
@@ -98,27 +113,36 @@ def _run(
     return [*(y.detach() for y in outs), *gradients]
 
 
-def _exact(x: Tensor, dys: list[Tensor], operands: list[Operands]) -> list[Tensor]:
-    """The same in float64, one member at a time, by the formulas written out."""
+def _exact(x: Tensor, dys: list[Tensor], operands: list[Operands]) -> list[tuple[Any, Tensor]]:
+    """The same in float64, by the formulas written out: (columns, their values) of each; all columns for adapters."""
     x64 = x.double()
-    outs, dx, d_adapters = [], torch.zeros_like(x64), []
+    inputs = _sample(x.shape[-1], x)
+    outs, d_adapters, dx = [], [], torch.zeros_like(x64[..., inputs])
     for (weight, bias, lora_A, lora_B, scaling, _), dy in zip(operands, dys):
-        W, dy64 = weight.detach().double(), dy.double()
-        y = x64 @ W.T if bias is None else x64 @ W.T + bias.detach().double()
-        dx += dy64 @ W
+        W, dy64, outputs = weight.detach(), dy.double(), _sample(weight.shape[0], x)
+        y = x64 @ W[outputs].double().T
+        if bias is not None:
+            y = y + bias.detach()[outputs].double()
+        dx += dy64 @ W[:, inputs].double()
         if lora_A is not None and lora_B is not None:
             A, B = lora_A.detach().double(), lora_B.detach().double()
             s = x64 @ A.T * scaling
             ds = dy64 @ B * scaling
-            y = y + s @ B.T
-            dx += ds @ A
-            d_adapters += [(ds.mT @ x64).sum(0), (dy64.mT @ s).sum(0)]
-        outs.append(y)
-    return [*outs, dx, *d_adapters]
+            y = y + s @ B[outputs].T
+            dx += ds @ A[:, inputs]
+            d_adapters += [(slice(None), (ds.mT @ x64).sum(0)), (slice(None), (dy64.mT @ s).sum(0))]
+        outs.append((outputs, y))
+    return [*outs, (inputs, dx), *d_adapters]
+
+
+def _sample(n: int, like: Tensor) -> Tensor:
+    """Up to COLUMNS indices below n, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(n, COLUMNS), device=like.device).round().long()
 
 
 def _distance(value: Tensor, truth: Tensor) -> float:
     """Relative root-mean-square error; infinite where there is a NaN."""
+    truth = truth.double()
     error = ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
     return error if error == error else float("inf")
 
