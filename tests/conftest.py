@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-# Triton kernels run in the interpreter unless a GPU is asked for; Triton reads this when a kernel is first defined.
-if "cuda" not in " ".join(sys.argv):
+# Triton kernels run in the interpreter unless a GPU is asked for. Triton reads its variable when a kernel is first
+# defined, so it is set before any test module is imported; ours tells pytest-xdist's workers, which have no argv.
+if "--device cuda" in " ".join(sys.argv).replace("=", " "):
+    os.environ["FASTPEFT_TEST_DEVICE"] = "cuda"
+if os.environ.get("FASTPEFT_TEST_DEVICE") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
