@@ -75,15 +75,26 @@ def test_doctor_finds_a_healthy_install(fastpeft_command: Callable) -> None:
 
 
 def test_doctor_explains_what_is_broken() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastpeft.cli", "doctor", "--json"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "FASTPEFT_BACKEND": "nonsense"},
+    code = (
+        "import sys; from fastpeft.cli import doctor; doctor.OPTIONAL = {'triton': ''};"  # not to wait for all
+        "sys.exit(doctor.doctor(as_json=True))"
     )
+    environment = {**os.environ, "FASTPEFT_BACKEND": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     report = json.loads(done.stdout)
     assert done.returncode == 1 and not report["healthy"]
     assert any("unknown backend 'nonsense'" in problem for problem in report["problems"])
+
+
+def test_doctor_names_packages_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("raise ImportError('libmissing.so: not found')")
+    (tmp_path / "deadly_package.py").write_text("import os; os._exit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    failures = doctor._failures(["json", "broken_package", "deadly_package", "csv"])
+    assert failures == {
+        "broken_package": "ImportError: libmissing.so: not found",
+        "deadly_package": "the import ended the process with status 7",
+    }
 
 
 @pytest.mark.parametrize("baseline", ["peft", "eager", "none"])
