@@ -211,6 +211,8 @@ def _time(seconds: float) -> str:
 def _less(ratio: float | None) -> Text | str:
     if ratio is None:
         return ""
+    if abs(1 - ratio) < 0.005:
+        return "the same"
     change = f"{100 * abs(1 - ratio):.0f}% {'less' if ratio <= 1 else 'more'}"
     return Text(change, "good" if ratio <= 1 else "bad")
 
