@@ -45,7 +45,7 @@ _TUNER_FUNCTIONS = """
     cast_adapter_dtype delete_adapter set_adapter set_requires_grad check_target_module_exists inspect_matched_modules
     check_adapters_to_merge clone_module replicate_layers onload_layer find_parameter_name_by_module get_device_map
     _find_minimal_target_modules _maybe_include_all_linear_layers _get_in_out_features
-    _filter_state_dict_by_key_prefixes _get_tuner_state_dict_key_prefixes
+    _filter_state_dict_by_key_prefixes _get_tuner_state_dict_key_prefixes warn_msg_weight_tying
 """
 _LORA_EXTRAS = """
     convert_to_lora save_as_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga
@@ -55,6 +55,8 @@ _HELPERS = """
     infer_device fsdp_auto_wrap_policy prepare_model_for_kbit_training cast_mixed_precision_params shift_tokens_right
     replace_lora_weights_loftq _get_submodules transpose id_tensor_storage _set_adapter _freeze_adapter _set_trainable
     bloom_model_postprocess_past_key_value TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING register_peft_method
+    get_quantization_config get_quantization_kwargs get_gptqmodel_quant_linear map_cache_to_layer_device_map
+    quantization_extra_repr TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 """
 _PROBES = """
     is_transformers_ge_v5 is_transformers_ge_v5_1_0 is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0
@@ -136,14 +138,18 @@ MODULES: dict[str, str] = {
     "peft.functional": f"""cast_adapter_dtype delete_adapter inject_adapter_in_model set_adapter set_requires_grad
         {_STATE}""",
     "peft.helpers": """update_forward_signature update_generate_signature update_signature check_if_peft_model
-        rescale_adapter_scale disable_input_dtype_casting DoraCaching KappaTuneSelector find_kappa_target_modules""",
+        rescale_adapter_scale disable_input_dtype_casting DoraCaching KappaTuneSelector find_kappa_target_modules
+        MontecloraTrainerMixin""",
     "peft.import_utils": _PROBES,
     "peft.mapping": _MAPPINGS,
     "peft.mapping_func": "get_peft_model",
     "peft.mixed_model": "PeftMixedModel",
-    "peft.optimizers": """create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer""",
+    "peft.optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
+    "peft.optimizers.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "peft.optimizers.loraplus": "create_loraplus_optimizer",
+    "peft.optimizers.riemannian": "create_riemannian_optimizer",
     "peft.peft_model": f"""PeftModel {_TASKS} TunerLayerStatus TunerModelStatus get_layer_status get_model_status""",
-    "peft.tuners": f"{_CONFIGS} {_OTHER} {_LORA_EXTRAS} LoraModel",
+    "peft.tuners": f"{_CONFIGS} {_OTHER} {_LORA_EXTRAS} LoraModel MultitaskPromptEmbedding",
     "peft.tuners._buffer_dict": "BufferDict",
     "peft.tuners.tuners_utils": f"BaseTuner BaseTunerLayer {_TUNER_FUNCTIONS} ModulesToSaveWrapper {_ERRORS}",
     "peft.tuners.lora": f"{_CONFIGS} {_LAYERS} {_LORA_EXTRAS} LoraModel Linear4bit Linear8bitLt GPTQLoraLinear",
@@ -151,16 +157,19 @@ MODULES: dict[str, str] = {
     "peft.tuners.lora.bnb": "Linear4bit Linear8bitLt",
     "peft.tuners.lora.config": _CONFIGS,
     "peft.tuners.lora.conversion": "convert_to_lora save_as_lora",
-    "peft.tuners.lora.corda": "preprocess_corda",
+    "peft.tuners.lora.corda": "CordaEigens preprocess_corda",
     "peft.tuners.lora.dora": "DoraLinearLayer DoraEmbeddingLayer DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer",
     "peft.tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
-    "peft.tuners.lora.layer": _LAYERS,
+    "peft.tuners.lora.intruders": "reduce_intruder_dimension",
+    "peft.tuners.lora.layer": f"{_LAYERS} _LoraFactorsProxy",
     "peft.tuners.lora.loraga": "preprocess_loraga estimate_gradients",
     "peft.tuners.lora.model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "peft.tuners.lora.monteclora": "MontecloraSampler",
     "peft.tuners.lora.variants": """DoraLinearVariant DoraEmbeddingVariant DoraConv1dVariant DoraConv2dVariant
         DoraConv3dVariant ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant KasaLinearVariant
-        MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant calculate_alora_offsets""",
+        MontecloraLinearVariant QALoraLinearVariant VeloraLinearVariant MiCALinearVariant MiCAEmbeddingVariant
+        BlockDiagonalLinear calculate_alora_offsets is_alora_relevant_in_batch get_alora_offsets_for_forward
+        get_alora_offsets_for_generate""",
     "peft.utils": f"""{_CONSTANTS} {_TABLES} {_HELPERS} {_STATE} {_WRAPPERS} {_ERRORS} {_TYPES} PeftWarning
         load_peft_weights set_additional_trainable_modules resolve_quantization_backend""",
     "peft.utils.constants": f"{_CONSTANTS} {_TABLES}",
@@ -172,10 +181,12 @@ MODULES: dict[str, str] = {
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
     "peft.utils.merge_utils": "task_arithmetic magnitude_prune ties dare_linear dare_ties prune",
     "peft.utils.other": f"""{_CONSTANTS} {_TABLES} {_HELPERS} {_WRAPPERS} set_additional_trainable_modules
-        match_target_against_key""",
+        match_target_against_key get_pattern_key _get_module_names_tied_with_embedding""",
     "peft.utils.peft_types": f"{_TYPES} register_peft_method",
-    "peft.utils.quantization_utils": "QuantizationBackend Bnb8bitBackend Bnb4bitBackend resolve_quantization_backend",
-    "peft.utils.save_and_load": f"{_STATE} load_peft_weights",
+    "peft.utils.incremental_pca": "IncrementalPCA",
+    "peft.utils.quantization_utils": """QuantizationBackend Bnb8bitBackend Bnb4bitBackend HqqBackend TorchaoBackend
+        resolve_quantization_backend quantization_extra_repr get_quantization_kwargs""",
+    "peft.utils.save_and_load": f"{_STATE} load_peft_weights torch_load",
     "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping convert_peft_config_for_transformers",
     "peft.utils.warning": "PeftWarning",
 }
@@ -197,10 +208,13 @@ HOMES: dict[str, str] = {
     "fastpeft.kbit": "prepare_model_for_kbit_training",
     "fastpeft.layers": """BaseTunerLayer LoraLayer LoraVariant Linear Embedding Conv1d Conv2d Conv3d MultiheadAttention
         ParamWrapper AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper check_adapters_to_merge""",
+    "fastpeft.layers.buffers": "BufferDict",
+    "fastpeft.layers.tokens": "TrainableTokensLayer",
     "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
     "fastpeft.prepare": "preprocess_corda preprocess_loraga",
+    "fastpeft.prepare.corda": "CordaEigens",
     "fastpeft.prepare.lora_ga": "estimate_gradients",
     "fastpeft.state_dict": f"""{_STATE} _get_tuner_state_dict_key_prefixes=adapter_key_prefixes
         _filter_state_dict_by_key_prefixes=filter_by_prefixes""",
@@ -208,6 +222,8 @@ HOMES: dict[str, str] = {
     "fastpeft.storage": "load_peft_weights",
     "fastpeft.tasks": _TASKS,
     "fastpeft.tuner": "BaseTuner LoraModel",
+    "fastpeft.tuner.activated": """calculate_alora_offsets is_alora_relevant_in_batch get_alora_offsets_for_forward
+        get_alora_offsets_for_generate""",
     "fastpeft.tuner.constants": """CONFIG_NAME WEIGHTS_NAME SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME
         EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR DUMMY_TARGET_MODULES
         DUMMY_MODEL_CONFIG MIN_TARGET_MODULES_FOR_OPTIMIZATION
@@ -218,6 +234,7 @@ HOMES: dict[str, str] = {
     "fastpeft.tuner.targets": """check_target_module_exists inspect_matched_modules
         _find_minimal_target_modules=find_minimal_target_modules
         _maybe_include_all_linear_layers=include_all_linear_layers""",
+    "fastpeft.tuner.tied": "_get_module_names_tied_with_embedding=names_tied_with_embedding",
     "fastpeft.tuner.walk": "infer_device _get_submodules=submodule_and_parent",
 }
 
@@ -254,7 +271,7 @@ def package_of(module: str, name: str) -> str:
 def where(module: str, name: str) -> tuple[str, str] | None:
     """The fastpeft module and attribute behind `module.name`; None if fastpeft does not implement it."""
     method = module.split(".")[2:3]
-    if method and method[0] in OTHER_METHODS:
+    if method and method[0] in OTHER_METHODS and name in _LAYERS.split():
         return None  # another method's `Linear` is not LoRA's
     return _homes().get(name)
 
