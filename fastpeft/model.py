@@ -59,7 +59,7 @@ class PeftModel(PushToHubMixin, nn.Module, Bridged):
         self.active_adapter = adapter_name
         self.peft_type = peft_config.peft_type
         #: Keyword arguments of the forward that are for the adapters and not for the model.
-        self.special_peft_forward_args = {"adapter_names"}
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
         checkpoints = _checkpoints_activations(model)

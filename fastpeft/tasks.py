@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .configs import PeftConfig
 from .model import PeftModel
+from .tuner.activated import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 
 
 class _PeftModelWithHead(PeftModel):
@@ -103,10 +104,12 @@ class PeftModelForCausalLM(PeftModel):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
+        kwargs = get_alora_offsets_for_forward(self, input_ids, inputs_embeds, **kwargs)
         return self._run(self.base_model, **given, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`. `adapter_names`: one adapter (or `"__base__"`) per sample."""
+        kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
         if "generation_config" in self.__dict__:  # set on this object, but read by the model
             self.get_base_model().generation_config = self.generation_config
         return super().generate(*args, **kwargs)

@@ -26,7 +26,6 @@ from fastpeft.errors import UnsupportedOptionError
 # What PEFT has and fastpeft has not: a field that must keep its default, or `field=value`. Who implements one deletes
 # its row. (`init_lora_weights` is compared in lower case and up to the first "_niter_".)
 UNIMPLEMENTED: dict[str, str] = {
-    "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "qalora_group_size": "QALoRA",
     "monteclora_config": "MonteCLoRA",

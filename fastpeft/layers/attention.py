@@ -14,6 +14,7 @@ from fastpeft.layers.init import make_linear
 from fastpeft.layers.linear import Linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.swap import swapped
+from fastpeft.layers.variants import resolve_variant
 
 
 class MultiheadAttention(LoraLayer, nn.Module):
@@ -47,6 +48,7 @@ class MultiheadAttention(LoraLayer, nn.Module):
             raise ValueError(f"{type(self).__name__} does not support VeLoRA, please set `velora_config=None`.")
         if config.kasa_config is not None:
             raise ValueError(f"{type(self).__name__} does not support KaSA, please set `kasa_config=None`.")
+        resolve_variant(self, config)  # raises before anything changes
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         # PEFT makes the inner layer's factors twice, here and in update_layer; the random numbers must be the same.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpeft.configs import LoraConfig
+from fastpeft.layers.activated import Activated
 from fastpeft.layers.block_diagonal import BlockDiagonal
 from fastpeft.layers.dora import DoraLinear
 from fastpeft.layers.init import make_linear
@@ -26,6 +27,7 @@ class Linear(LoraLayer, nn.Module):
 
     _peft_name: ClassVar[str] = "peft.tuners.lora.layer.Linear"
     lora_variants: ClassVar[dict[str, type[LoraVariant]]] = {
+        "alora_invocation_tokens": Activated,
         "use_dora": DoraLinear,
         "use_bdlora": BlockDiagonal,
         "velora_config": Velora,

@@ -330,7 +330,7 @@ class LoraLayer(BaseTunerLayer):
             if name == "__base__" or not self._has_adapter(name):
                 continue
             rows = [i for i, other in enumerate(adapter_names) if other == name]
-            part = self._add_adapter(name, x[rows], result[rows], **kwargs)
+            part = self._add_adapter(name, x[rows], result[rows], rows=rows, **kwargs)
             result = result.index_put((torch.tensor(rows, device=result.device),), part.to(result.dtype))
         return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from ..layers import kasa
 from ..layers.experts import ParamWrapper
 from ..layers.lora import LoraLayer
+from .activated import activated_from
 from .base import BaseTuner
 from .constants import LORA_TARGET_MODULES
 from .dispatch import create_lora_layer
@@ -95,12 +96,14 @@ class LoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pass `adapter_names` (one per sample) to every layer while the block runs."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        with per_sample_adapters(self, adapter_names, kwargs.get("num_beams")):
+        """Pass `adapter_names` (one per sample) and `alora_offsets` to the layers while the block runs."""
+        adapter_names, alora_offsets = kwargs.pop("adapter_names", None), kwargs.pop("alora_offsets", None)
+        num_beams = kwargs.get("num_beams")
+        with ExitStack() as stack:
+            if alora_offsets is not None:
+                stack.enter_context(activated_from(self.model, alora_offsets, num_beams))
+            if adapter_names is not None:
+                stack.enter_context(per_sample_adapters(self, adapter_names, num_beams))
             yield
 
     def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
