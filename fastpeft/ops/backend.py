@@ -39,6 +39,8 @@ _LIBRARIES = {name: torch.library.Library(namespace, "DEF") for name, namespace 
 OPS: dict[str, Any] = {name: SimpleNamespace() for name in _NAMESPACES}
 
 _forced: str | None = None
+_extension: ModuleType | None = None
+_reason = ""
 
 
 def route(device: torch.device) -> str:
@@ -103,18 +105,27 @@ def define(
 
 def cpu_extension() -> ModuleType | None:
     """The compiled module `fastpeft._C`, or None where the package was installed without it."""
-    return _extension()[0]
+    return _extension
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """torch.is_autocast_enabled, for devices too that autocast does not know."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def exact(device: torch.device) -> Any:
+    """Autocast off: what is to be cast has been. It would turn fp32 accumulation into bf16."""
+    if autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation that chooses its own precision: autocast would turn its fp32 accumulation into bf16."""
+    """An implementation that chooses its own precision."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        if not torch.is_autocast_enabled(device):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
+        with exact(next(a for a in args if isinstance(a, torch.Tensor)).device):
             return function(*args)
 
     return wrapped
@@ -160,8 +171,7 @@ def _triton_line() -> str:
     return "not available: no GPU; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
 
 
-@functools.cache
-def _extension() -> tuple[ModuleType | None, str]:
+def _load_extension() -> tuple[ModuleType | None, str]:
     """The extension and a reason for its absence. Loading it registers its kernels for the CPU dispatch key."""
     if importlib.util.find_spec("fastpeft._C") is None:
         return None, (
@@ -184,12 +194,11 @@ def _extension() -> tuple[ModuleType | None, str]:
 
 
 def _cpu_line() -> str:
-    extension, reason = _extension()
-    return reason if extension is None else f"C++ kernels, {extension.isa()}"
+    return _reason if _extension is None else f"C++ kernels, {_extension.isa()}"
 
 
 def initialise() -> None:
     """Load the extension and honour FASTPEFT_BACKEND. Called once, after every operator is defined."""
-    global _forced
-    _extension()
+    global _extension, _forced, _reason
+    _extension, _reason = _load_extension()
     _forced = _checked(os.environ.get("FASTPEFT_BACKEND") or "auto")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, philox, steps
-from .backend import route
+from .backend import autocast_enabled, exact, route
 from .products import MAX_RANK
 
 # Elements of x up to which ordinary operators are faster than an autograd.Function without dropout. A forward of
@@ -59,7 +59,7 @@ def lora_linear(
         return native.linear(x, (weight,), (bias,), (lora_A,), (lora_B,), (scaling,), dropout_p)[0]
     device = x.device
     cast = None
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
         x, lora_A, lora_B = x.to(cast), lora_A.to(cast), lora_B.to(cast)
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) else None
@@ -86,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
         if cast is None:
             y, s = _forward(x, seed, weight, bias, A, B, scaling, p, backend)
         else:
-            with torch.autocast(x.device.type, enabled=False):
+            with exact(x.device):
                 b = None if bias is None else bias.to(cast)
                 y, s = _forward(x, seed, weight.to(cast), b, A, B, scaling, p, backend)
         # x is kept for dA and s for dB: a frozen adapter needs neither.
@@ -106,8 +106,8 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             dx, (dA,), (dB,) = native.linear_backward((dy,), x, seed, (weight,), (0,), (A,), (B,), scaling, p, shape)
             d_bias = dy.flatten(0, -2).sum(0) if need_bias else None
-        elif torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
+        elif autocast_enabled(dy.device):
+            with exact(dy.device):
                 dx, dA, dB, d_bias = _backward(
                     dy, x, s, seed, weight, A, B, scaling, p, cast, backend, ctx.needs_input_grad
                 )
@@ -131,11 +131,11 @@ def _forward(
     p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    s = steps.shrink(backend, rows_of(x), A, scaling, p, seed)
-    y = F.linear(x, weight, bias)
-    n = y.shape[-1]
-    steps.expand_(backend, y if y.dim() == 2 else y.view(-1, n), s, B, (n,))
-    return y, s
+    flat = rows_of(x)
+    s = steps.shrink(backend, flat, A, scaling, p, seed)
+    y = F.linear(flat, weight, bias)
+    steps.expand_(backend, y, s, B, (weight.shape[0],))
+    return y if x.dim() == 2 else shaped(y, x.shape[:-1]), s
 
 
 def _backward(
@@ -187,6 +187,11 @@ def check(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout_p: float, whe
         raise ValueError(f"{where}: rank must be from 1 to {MAX_RANK}, got {r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{where}: dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def shaped(y: Tensor, lead: torch.Size) -> Tensor:
+    """y (M, N) as (*lead, N), sharing memory but not a view to autograd (see column_block)."""
+    return torch.ops.aten._unsafe_view(y, (*lead, y.shape[1]))
 
 
 def column_block(y: Tensor, offset: int, n: int, lead: torch.Size) -> Tensor:

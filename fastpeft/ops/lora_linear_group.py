@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, philox, steps
-from .backend import OPS, route
+from .backend import OPS, autocast_enabled, exact, route
 from .bordered import BorderedWeight, lora_linear_bordered
-from .lora_linear import NATIVE_ELEMENTS, check, column_block, rows_of
+from .lora_linear import NATIVE_ELEMENTS, check, column_block, rows_of, shaped
 
 FORMS = ("auto", "plain", "fused", "bordered")
 
@@ -69,7 +69,7 @@ def lora_linear_group(
     members = tuple(i for i, a in enumerate(lora_A) if a is not None)
     device, cast = x.device, None
     adapters: list[Any] = [lora_A[i] for i in members] + [lora_B[i] for i in members]
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
         x, adapters = x.to(cast), [t.to(cast) for t in adapters]
     stacked = stacked_weight is not None
@@ -103,7 +103,7 @@ def _bordered(
     given_A, given_B = [a for a in lora_A if a is not None], [b for b in lora_B if b is not None]
     if len(given_A) != len(weights):
         raise ValueError("form 'bordered' needs an adapter on every projection")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device):
         raise ValueError("form 'bordered' computes in the weight's dtype: use form 'plain' under autocast")
     splits = [w.shape[0] for w in weights]
     outputs = lora_linear_bordered(x, bordered, given_A, given_B, scaling, splits, dropout_p)
@@ -150,7 +150,7 @@ class _LoraLinearGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
         weights, biases, lora_A, lora_B = plan.parts(tensors)
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(x.device):
             s, outputs = _forward(plan, x, seed, weights, biases, lora_A, lora_B)
         # x is kept for dA and s for dB: frozen adapters need neither.
         trainable = any(t.requires_grad for t in (*lora_A, *lora_B))
@@ -177,7 +177,7 @@ class _LoraLinearGroup(torch.autograd.Function):
                 grads, x, seed, each, plan.members, lora_A, lora_B, plan.scaling, plan.p, ctx.x_shape
             )
         else:
-            with torch.autocast(next(dy for dy in grads if dy is not None).device.type, enabled=False):
+            with exact(next(dy for dy in grads if dy is not None).device):
                 dx, dA, dB = _backward(plan, grads, x, s, seed, weights, lora_A, lora_B, need_dx, ctx.x_shape)
         d_bias = _bias_grads(plan, grads, need_bias)
         dA = [t if need else None for t, need in zip(dA, need_A)]
@@ -208,10 +208,10 @@ def _forward(
     if not plan.stacked:
         outputs = []
         for i, (w, b) in enumerate(zip(weights, biases)):
-            y = F.linear(x, w, b)
+            y = F.linear(flat, w, b)
             if i in rims:
-                steps.expand_(plan.backend, y.view(-1, y.shape[-1]), *rims[i], (y.shape[-1],))
-            outputs.append(y)
+                steps.expand_(plan.backend, y, *rims[i], (plan.splits[i],))
+            outputs.append(y if x.dim() == 2 else shaped(y, lead))
         return s, tuple(outputs)
 
     bias = biases[0] if plan.stacked_bias else None

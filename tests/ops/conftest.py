@@ -1,0 +1,56 @@
+"""What the operator tests share: the instruction sets of this processor, and the tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpeft.ops.backend import cpu_extension
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the CPU kernels that this processor has, in turn."""
+    extension = cpu_extension()
+    if extension is None:
+        pytest.skip("fastpeft was installed without its C++ extension")
+    before = extension.isa()
+    try:
+        extension.select_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    extension.select_isa(before)
+
+
+@pytest.fixture(scope="session")
+def no_worse() -> Callable[..., None]:
+    """no_worse(ours, torchs, exact): our error against float64 is at most twice that of PyTorch in the same dtype.
+
+    One rounding of the largest value is granted besides, and one fp32 rounding of the largest sum of magnitudes where
+    `magnitude` has those sums: PyTorch may happen to be exact.
+    """
+
+    def check(ours: Tensor, torchs: Tensor, exact: Tensor, magnitude: Tensor | None = None) -> None:
+        assert ours.dtype == torchs.dtype and ours.shape == exact.shape
+        if ours.numel() == 0:
+            return
+        theirs = (torchs.double() - exact).abs().max().item()
+        unit = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        if magnitude is not None:
+            unit += torch.finfo(torch.float32).eps * magnitude.abs().max().item()
+        assert (ours.double() - exact).abs().max().item() <= 2 * theirs + unit
+
+    return check
+
+
+@pytest.fixture
+def fused_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the autograd.Function even for the tiny inputs of gradcheck."""
+    import sys
+
+    for name in ("lora_linear", "lora_linear_group"):  # the package has functions of the same names
+        monkeypatch.setattr(sys.modules[f"fastpeft.ops.{name}"], "NATIVE_ELEMENTS", -1)
