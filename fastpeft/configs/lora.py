@@ -30,7 +30,6 @@ UNIMPLEMENTED: dict[str, str] = {
     "qalora_group_size": "QALoRA",
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow routing",
-    "layer_replication": "replicating layers",
     "megatron_config": "Megatron's parallel layers",
     "megatron_core": "Megatron's parallel layers",
     "runtime_config.ephemeral_gpu_offload": "ephemeral GPU offload",

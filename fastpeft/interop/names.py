@@ -231,6 +231,7 @@ HOMES: dict[str, str] = {
     "fastpeft.tuner.conversion": "convert_peft_config_for_transformers=convert_config_for_transformers",
     "fastpeft.tuner.functional": "set_adapter set_requires_grad delete_adapter cast_adapter_dtype UPCAST_DTYPES",
     "fastpeft.tuner.offload": "onload_layer=onload",
+    "fastpeft.tuner.replicate": "clone_module replicate_layers",
     "fastpeft.tuner.targets": """check_target_module_exists inspect_matched_modules
         _find_minimal_target_modules=find_minimal_target_modules
         _maybe_include_all_linear_layers=include_all_linear_layers""",

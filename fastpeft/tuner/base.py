@@ -18,6 +18,7 @@ from . import functional
 from .constants import DUMMY_MODEL_CONFIG
 from .inject import inject_adapter
 from .offload import onload
+from .replicate import replicate_layers
 from .targets import check_target_module_exists
 from .tied import untie_config_after_merge, warn_before_merge
 from .transaction import transaction
@@ -79,6 +80,9 @@ class BaseTuner(nn.Module, Bridged):
                 existing.update(new)
                 new = existing
             self.peft_config = new
+            layer_map = getattr(new[adapter_name], "layer_replication", None)
+            if layer_map and existing is None:
+                replicate_layers(model, layer_map)
             self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
             undo.attribute(model, "peft_config")
             model.peft_config = self.peft_config  # type: ignore[assignment]
@@ -156,6 +160,12 @@ class BaseTuner(nn.Module, Bridged):
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         """Raise `ValueError` if the config cannot stand beside those of the adapters that exist."""
+        layer_map = getattr(config, "layer_replication", None)
+        if layer_map and any(getattr(c, "layer_replication", None) != layer_map for c in self.peft_config.values()):
+            raise ValueError(
+                f"layer_replication={layer_map}: the layers are replicated when the first adapter is made, and are as "
+                "its config says for all further ones. Use the same value in all configs, or none in this one."
+            )
         with_bias = [name for name, conf in self.peft_config.items() if getattr(conf, "bias", "none") != "none"]
         if len(self.peft_config) > 1 and len(with_bias) > 1:
             raise ValueError(
@@ -239,6 +249,11 @@ class BaseTuner(nn.Module, Bridged):
     # ---- merging --------------------------------------------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise ValueError(
+                "Cannot merge LORA layers when base model layers are replicated: the places where a layer stands share "
+                "its weight, and have adapters of their own."
+            )
         tied = bool(self.get_model_config(self.model).get("tie_word_embeddings"))
         warn_before_merge(self.targeted_module_names, tied)
 
