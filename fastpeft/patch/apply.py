@@ -68,13 +68,12 @@ def patch(
     if form not in FORMS:
         raise ValueError(f"patch: form must be one of {', '.join(FORMS)}, got {form!r}")
     root = _root(model)
-    candidates = find_candidates(root)
     before = root.__dict__.get(_STATE)
     fingerprint = _fingerprint(root, (stack, form, verify))
     if before is not None and before.fingerprint == fingerprint:
         return model
     unpatch(root)
-    candidates = find_candidates(root)
+    candidates = find_candidates(root, verify)
     if not candidates:
         return model
     with torch.inference_mode(False):
@@ -176,7 +175,7 @@ def _build_group(root: nn.Module, plan: GroupPlan, form: str, verify: bool) -> t
         if candidate.reading is None:
             members.append(PlainForward(candidate.module))  # type: ignore[arg-type]
         else:
-            members.append(LoraForward(candidate.module, candidate.reading, candidate.library == "fastpeft"))
+            members.append(LoraForward(candidate.module, candidate.reading, candidate.native))
     group = Group(members, [_home(root, candidate) for candidate in plan.members])
     group.form = form
     if plan.one_product != "never":
@@ -196,7 +195,7 @@ def _build_group(root: nn.Module, plan: GroupPlan, form: str, verify: bool) -> t
 
 def _apply_alone(candidate: Candidate, verify: bool) -> Row:
     assert candidate.reading is not None
-    if candidate.library == "fastpeft":
+    if candidate.native:
         return Row(candidate.name, candidate.kind, "lora_linear", "the layer's own forward")
     member = LoraForward(candidate.module, candidate.reading, native=False)
     reason = verify_alone(member) if verify else None

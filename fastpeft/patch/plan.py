@@ -44,6 +44,11 @@ class Candidate:
         return self.reading is not None and self.reading.name is not None
 
     @property
+    def native(self) -> bool:
+        """Its own forward is the operator call already."""
+        return self.library == "fastpeft" and self.reading is not None and self.reading.known
+
+    @property
     def operands(self) -> Operands:
         """Its tensors as they are now."""
         if self.reading is None:
@@ -74,8 +79,11 @@ class Plan:
     note: str | None = None  # why no groups could be looked for
 
 
-def find_candidates(model: nn.Module) -> list[Candidate]:
-    """Every module of the model that holds adapters, read or with the reason why it cannot be."""
+def find_candidates(model: nn.Module, verify: bool = True) -> list[Candidate]:
+    """Every module of the model that holds adapters, read or with the reason why it cannot be.
+
+    verify: replacements will be tried, so that base layers need not be known.
+    """
     found = []
     for name, module in _outside_tuner_layers(model):
         if not is_tuner_layer(module):
@@ -86,7 +94,10 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         try:
             if library is None:
                 raise Unsupported(_why_not_lora(module, owner))
-            candidate.reading = read_lora(module)
+            reading = read_lora(module)
+            if not reading.known and not verify:
+                raise Unsupported(f"only verification could tell what a {type(reading.base).__name__} computes")
+            candidate.reading = reading
         except Unsupported as why:
             candidate.reason = str(why)
         found.append(candidate)

@@ -62,7 +62,8 @@ class Reading:
         self._dropout_of = modules["lora_dropout"]._modules
         self.A, self.B, self.dropout = (parts.get(name) for parts in (self._A_of, self._B_of, self._dropout_of))
         self.scaling: dict[str | None, float] = module.scaling
-        self.transposed = type(self.base) is not nn.Linear  # a Conv1D keeps (K, N)
+        self.transposed = not isinstance(self.base, nn.Linear)  # a Conv1D keeps (K, N)
+        self.known = type(self.base) is nn.Linear or self.transposed  # else only a trial can tell what it computes
         self._hooks = tuple(hooks_of((self.base, self.A, self.B, self.dropout)))
 
     def holds(self) -> bool:
@@ -165,8 +166,11 @@ def _check_adapter(reading: Reading) -> None:
 
 
 def check_base(base: Any) -> Any:
-    """The base layer, if it is a dense nn.Linear or Conv1D held whole on one device. Raises Unsupported otherwise."""
-    if type(base) is not nn.Linear and not _is_conv1d(base):
+    """The base layer, if it is a dense nn.Linear or Conv1D held whole on one device. Raises Unsupported otherwise.
+
+    A subclass of nn.Linear that holds nothing but weight and bias is let through: verification shows what it computes.
+    """
+    if type(base) is not nn.Linear and not _is_conv1d(base) and not _is_linear_in_other_words(base):
         raise Unsupported(_why_not_linear(base))
     _own_forward(base, "the base layer")
     check_tensor(base._parameters.get("weight"), "the base weight")
@@ -211,10 +215,20 @@ def _is_conv1d(base: Any) -> bool:
     return cls is not None and type(base) is cls
 
 
+def _is_linear_in_other_words(base: Any) -> bool:
+    """A subclass of nn.Linear with no other state; its forward may say the same differently, as Falcon's does."""
+    state = {**base._parameters, **base._buffers, **base._modules}
+    return isinstance(base, nn.Linear) and state.keys() <= {"weight", "bias"} and not _is_quantised(base)
+
+
+def _is_quantised(base: Any) -> bool:
+    return hasattr(base, "quant_state") or "bitsandbytes" in type(base).__module__ or hasattr(base, "qweight")
+
+
 def _why_not_linear(base: Any) -> str:
     name = type(base).__name__
     if is_tuner_layer(base):
         return f"the base layer is itself an adapter layer ({name})"
-    if hasattr(base, "quant_state") or "bitsandbytes" in type(base).__module__ or hasattr(base, "qweight"):
+    if _is_quantised(base):
         return f"the base layer is quantised ({name})"
     return f"the base layer is a {name}, not an nn.Linear"

@@ -25,6 +25,9 @@ ROWS = 33  # odd, and more than a tile
 COLUMNS = 96  # of outputs and of the input's gradient that are computed in float64
 FACTOR = 2.0
 
+# An original further than this from float64 does not compute the formula at all (fp32 may be TF32 inside).
+FORMULA = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
 Member = LoraForward | PlainForward
 
 
@@ -91,6 +94,8 @@ def _judge(mine: Tensor, other: Tensor, columns: Tensor | slice, truth: Tensor) 
     if mine.dtype != other.dtype or mine.shape != other.shape:
         return f"{mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
     error, theirs = _distance(mine[..., columns], truth), _distance(other[..., columns], truth)
+    if not theirs <= FORMULA[other.dtype]:
+        return f"the original is not a linear layer with LoRA: relative distance {theirs:.1e}"
     allowed = max(FACTOR * theirs, torch.finfo(other.dtype).eps / 4)
     if not error <= allowed:
         return f"relative error {error:.1e} against float64, the original's is {theirs:.1e}"

@@ -156,6 +156,28 @@ def test_weights_that_are_trained(device: torch.device) -> None:
     assert_same(run(model), before)
 
 
+class _Otherwise(nn.Linear):
+    """A linear layer whose forward is its own: the same product in other words, or something else."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T * self.factor
+
+
+def test_a_subclass_of_linear_is_taken_only_if_a_trial_agrees() -> None:
+    for factor, verify, reason in ((1.0, True, None), (1.01, True, "not a linear layer"), (1.0, False, "verification")):
+        model = lora_llama(target_modules=["o_proj"])
+        base = model.base_model.model.model.layers[0].self_attn.o_proj.base_layer
+        base.__class__ = _Otherwise
+        base.factor = factor
+        before = run(model)
+        patch(model, verify=verify)
+        row = report(model).rows[0]
+        assert row.fused == "lora_linear" if reason is None else reason in row.reason
+        assert_same(run(model), before)
+
+
 def test_a_wrong_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification compares outputs and every gradient: an error anywhere leaves the layer alone."""
     model = lora_llama()
