@@ -86,6 +86,8 @@ from .ops.backend import backend as backend
 from .patch import patch as patch
 from .patch import report as report
 from .patch import unpatch as unpatch
+from .prepare import get_eva_state_dict as get_eva_state_dict
+from .prepare import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .prepare import preprocess_corda as preprocess_corda
 from .prepare import preprocess_loraga as preprocess_loraga
 from .state_dict import (

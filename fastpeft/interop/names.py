@@ -213,7 +213,7 @@ HOMES: dict[str, str] = {
     "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
-    "fastpeft.prepare": "preprocess_corda preprocess_loraga",
+    "fastpeft.prepare": "preprocess_corda preprocess_loraga get_eva_state_dict initialize_lora_eva_weights",
     "fastpeft.prepare.corda": "CordaEigens",
     "fastpeft.prepare.lora_ga": "estimate_gradients",
     "fastpeft.state_dict": f"""{_STATE} _get_tuner_state_dict_key_prefixes=adapter_key_prefixes

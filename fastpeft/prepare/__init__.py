@@ -7,6 +7,7 @@ Each leaves its measurement on the modules, where the adapter finds it when it i
 """
 
 from fastpeft.prepare.corda import preprocess_corda
+from fastpeft.prepare.eva import get_eva_state_dict, initialize_lora_eva_weights
 from fastpeft.prepare.lora_ga import preprocess_loraga
 
-__all__ = ["preprocess_corda", "preprocess_loraga"]
+__all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_corda", "preprocess_loraga"]
