@@ -90,7 +90,8 @@ class Report:
         together: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             place = re.sub(r"(?<=\.)\d+(?=\.)", "#", row.module.rpartition(".")[0])
-            together.setdefault((place, row.kind, row.fused, row.form, row.reason), []).append(row)
+            reason = row.reason and re.sub(r"\d[\d.e-]*", "#", row.reason)  # measured errors differ from layer to layer
+            together.setdefault((place, row.kind, row.fused, row.form, reason), []).append(row)
         for rows in together.values():
             yield _common_name([row.module for row in rows]), len(rows), rows[0]
 

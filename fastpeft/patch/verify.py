@@ -179,19 +179,26 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
     state["_disable_adapters"] = False
     if reading.name is None:
         return
-    for part in (reading.A, reading.B):
-        _replace(part, undo)
+    K, r = reading.A.in_features, reading.A.out_features
+    _replace(reading.A, K**-0.5, undo)
+    _replace(reading.B, _size_of_B(reading.base.weight, reading.scaling[reading.name], K, r), undo)
     dropout = reading.dropout
     undo.append(lambda: restore_training(dropout, before))
     before, dropout.training = dropout.training, False
 
 
-def _replace(part: nn.Module, undo: list[Callable[[], None]]) -> None:
-    """A random trainable weight in place of the module's own."""
+def _size_of_B(weight: Tensor, scaling: float, K: int, r: int) -> float:
+    """The standard deviation with which the adapter adds as much as the base gives, so that neither hides the other."""
+    size = weight[:COLUMNS].detach().float().square().mean().sqrt().item() * K**0.5 / abs(scaling or 1.0)
+    return (size or 1.0) * r**-0.5
+
+
+def _replace(part: nn.Module, size: float, undo: list[Callable[[], None]]) -> None:
+    """A random trainable weight of this standard deviation in place of the module's own."""
     weight = part._parameters["weight"]
     assert weight is not None
     generator = torch.Generator(weight.device).manual_seed(weight.shape[0])
-    noise = torch.randn(weight.shape, generator=generator, device=weight.device) / weight.shape[1] ** 0.5
+    noise = torch.randn(weight.shape, generator=generator, device=weight.device) * size
 
     def restore() -> None:
         part._parameters["weight"] = weight
