@@ -200,7 +200,14 @@ def finetune(options: FinetuneOptions) -> int:
     from transformers.trainer_callback import TrainerState
 
     from fastpeft.cli import samples as answers
-    from fastpeft.cli.training import Interrupts, RowTrainer, TrainingDisplay, checkpoint_step, last_checkpoint
+    from fastpeft.cli.training import (
+        Interrupts,
+        RowTrainer,
+        TrainingDisplay,
+        checkpoint_step,
+        last_checkpoint,
+        remove_incomplete,
+    )
 
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
@@ -213,6 +220,7 @@ def finetune(options: FinetuneOptions) -> int:
         raise CommandError(
             f"{options.out / 'checkpoints'} has no complete checkpoint: start again, with --overwrite, not --resume"
         )
+    remove_incomplete(options.out / "checkpoints")
 
     with console.status("loading the tokenizer and the rows"):
         tokenizer, template = _tokenizer(options)

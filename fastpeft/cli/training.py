@@ -4,6 +4,7 @@ a resumed run can reproduce."""
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -223,13 +224,25 @@ class TrainingDisplay(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; one whose writing was cut short lacks trainer_state.json, written last."""
-    complete = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if checkpoint_step(path) >= 0 and (path / "trainer_state.json").exists() and (path / "optimizer.pt").exists()
-    ]
-    return max(complete, key=checkpoint_step, default=None)
+    """The newest complete checkpoint."""
+    return max((c for c in _checkpoints(folder) if _complete(c)), key=checkpoint_step, default=None)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Delete checkpoints whose writing was cut short: the Trainer would keep one of those and delete a complete one,
+    since it counts folders, newest last, and orders those made within a second by their step."""
+    for checkpoint in _checkpoints(folder):
+        if not _complete(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if checkpoint_step(path) >= 0]
+
+
+def _complete(checkpoint: Path) -> bool:
+    """trainer_state.json is written last."""
+    return (checkpoint / "trainer_state.json").exists() and (checkpoint / "optimizer.pt").exists()
 
 
 def checkpoint_step(checkpoint: Path) -> int:

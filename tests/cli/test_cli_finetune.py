@@ -125,10 +125,10 @@ def test_interrupted_and_resumed_is_the_same_run(
         assert metrics(broken)["status"] == "interrupted" and not (broken / "adapter_config.json").exists()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         before = metrics(broken)["samples"][0]["before"]
-        (broken / "checkpoints" / "checkpoint-99").mkdir()  # one whose writing was cut short: it is passed over
+        (broken / "checkpoints" / "checkpoint-99").mkdir()  # one whose writing was cut short
         first = fastpeft_command("finetune", "--resume", "--out", broken, code=130).output
         second = fastpeft_command("finetune", "--resume", "--out", broken).output
-    assert not pressed_at
+    assert not pressed_at and not (broken / "checkpoints" / "checkpoint-99").exists()
     assert "checkpoint-2" in first.replace("\n", "") and "checkpoint-6" in second.replace("\n", "")
 
     mine, theirs = metrics(broken), metrics(whole)
