@@ -36,7 +36,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         ValueError: `model` has no LoRA layer.
     """
     if not isinstance(multiplier, (int, float)):
-        raise TypeError(f"rescale_adapter_scale: multiplier must be a float or an int, got {type(multiplier).__name__}")
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, LoraLayer)}
     if not before:
         raise ValueError("rescale_adapter_scale: the model has no LoRA layer (scaling is only supported for those)")
@@ -63,6 +63,11 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
             layer.cast_input_dtype_enabled = enabled
 
 
+def no_split_modules(model: nn.Module) -> set[str]:
+    """The class names of the blocks that Transformers' models inside `model` want to be kept whole."""
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """An FSDP policy: each transformer block, and each trainable leaf (the adapters) by itself.
 
@@ -74,7 +79,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    default = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
+    default = ",".join(sorted(no_split_modules(model)))
     wanted = [name for name in os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", default).split(",") if name]
     classes = {type(module).__name__: type(module) for module in model.modules()}
     missing = [name for name in wanted if name not in classes]

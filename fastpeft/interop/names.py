@@ -181,7 +181,7 @@ MODULES: dict[str, str] = {
     "peft.utils.loftq_utils": "replace_lora_weights_loftq",
     "peft.utils.merge_utils": "task_arithmetic magnitude_prune ties dare_linear dare_ties prune",
     "peft.utils.other": f"""{_CONSTANTS} {_TABLES} {_HELPERS} {_WRAPPERS} set_additional_trainable_modules
-        match_target_against_key get_pattern_key _get_module_names_tied_with_embedding""",
+        match_target_against_key get_pattern_key _get_module_names_tied_with_embedding _get_no_split_modules""",
     "peft.utils.peft_types": f"{_TYPES} register_peft_method",
     "peft.utils.incremental_pca": "IncrementalPCA",
     "peft.utils.quantization_utils": """QuantizationBackend Bnb8bitBackend Bnb4bitBackend HqqBackend TorchaoBackend
@@ -201,7 +201,7 @@ HOMES: dict[str, str] = {
     "fastpeft.configs.base": "__version__",
     "fastpeft.errors": f"{_ERRORS} PeftWarning",
     "fastpeft.interop.helpers": f"""{_PROBES} check_if_peft_model rescale_adapter_scale disable_input_dtype_casting
-        fsdp_auto_wrap_policy""",
+        fsdp_auto_wrap_policy _get_no_split_modules=no_split_modules""",
     "fastpeft.interop.hotswap": """hotswap_adapter hotswap_adapter_from_state_dict check_hotswap_configs_compatible
         prepare_model_for_compiled_hotswap""",
     "fastpeft.interop.transformers_weights": "build_peft_weight_mapping",
