@@ -140,6 +140,7 @@ class _Bordered(torch.autograd.Function):
         lora_A, lora_B = adapters[:members], adapters[members:]
         bases = bordered.weight.split(splits)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            bases = bordered.weight.clone().split(splits)  # which the next fill_rim does not write to
             dx_graph, d_As, d_Bs = native.linear_backward(
                 grads, x, seed, bases, range(members), lora_A, lora_B, scaling, p, x.shape
             )

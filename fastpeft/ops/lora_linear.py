@@ -199,7 +199,7 @@ def column_block(y: Tensor, offset: int, n: int, lead: torch.Size) -> Tensor:
 
     A view returned by an autograd.Function may not be changed in place, and models do that (clamp_ on queries).
     """
-    if torch.compiler.is_compiling():
-        return y.narrow(1, offset, n).view(*lead, n)
+    if torch.compiler.is_compiling():  # a copy that the compiler moves into whatever reads it
+        return shaped(y.narrow(1, offset, n).clone(memory_format=torch.contiguous_format), lead)
     strides = [math.prod(lead[i + 1 :]) * y.stride(0) for i in range(len(lead))]
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset() + offset, (*lead, n), (*strides, 1))
