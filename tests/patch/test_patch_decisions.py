@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -320,3 +322,11 @@ def test_names_of_layers_in_the_table() -> None:
     assert _common_name(["a.0.q", "a.0.k", "a.1.q", "a.1.k"]) == "a.{0-1}.q, k"
     assert _common_name(["a.7.q"]) == "a.7.q"
     assert _common_name([f"h.{i}.{j}.w" for i in (0, 2, 3) for j in (0, 1)]) == "h.{0,2-3}.{0-1}.w"
+
+
+def test_the_package_can_be_called_as_the_function() -> None:
+    """Importing one of its modules binds the package to `fastpeft.patch`; users call it all the same."""
+    package = sys.modules["fastpeft.patch"]
+    assert isinstance(package, ModuleType)
+    model = lora_llama()
+    assert package(model) is model and groups_of(model)
