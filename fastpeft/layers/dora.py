@@ -35,7 +35,8 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.merged_gain: Tensor | None = None  # the g that was merged into the base weight, to take it out again
+        self.merged_gain: Tensor | None
+        self.register_buffer("merged_gain", None, persistent=False)  # the g merged into the base, to take it out again
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"

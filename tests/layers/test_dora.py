@@ -205,6 +205,15 @@ def test_kept_for_the_backward():
     assert activations == 64 * (24 + 4 + 36)
 
 
+def test_trains_after_inference_mode():
+    # what was remembered in inference mode must not be a tensor that training cannot use
+    layer = build("linear", init_lora_weights=False)
+    with torch.inference_mode():
+        want = layer(example("linear"))
+    got = run(layer, example("linear"))
+    torch.testing.assert_close(got["y"], want)
+
+
 def test_no_adapter_by_sample():
     layer = build("linear")
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
