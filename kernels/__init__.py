@@ -55,5 +55,5 @@ def why_unavailable(device: object = "cuda") -> str | None:
     if kind == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(int(index) if index else None)
         if capability < (8, 0):
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or newer"
+            return f"the GPU's compute capability is {capability[0]}.{capability[1]}; the Triton kernels need 8.0"
     return None

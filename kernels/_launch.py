@@ -59,6 +59,13 @@ def power_of_two(n: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(max(n, 1))))
 
 
+def products(big: torch.Tensor, adapter: torch.Tensor) -> int:
+    """How many bfloat16 products `dot` makes of one, which is what registers go by: 1, 3 (one operand fp32) or 6."""
+    if adapter.dtype != torch.float32:
+        return 1  # the big operand is rounded to the adapter's dtype
+    return 3 if big.dtype == torch.bfloat16 else 6
+
+
 def per_pass(members: int, most: int) -> int:
     """How many members a pass takes when it can take `most`: as few passes as that allows, of even size."""
     passes = triton.cdiv(members, max(most, 1))
@@ -101,9 +108,9 @@ def chunks(count: int, size: int = MEMBERS) -> list[tuple[int, int]]:
     return [(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def splits_for(programs: int, steps: int, least_steps: int, multiprocessors: int) -> tuple[int, int]:
-    """(parts, steps per part) of a reduction of `steps` steps so that programs * parts fill the GPU about once."""
-    parts = max(1, min(multiprocessors // max(programs, 1), steps // max(least_steps, 1)))
+def splits_for(programs: int, steps: int, least_steps: int, most_programs: int) -> tuple[int, int]:
+    """(parts, steps per part) of a reduction of `steps` steps, so that programs * parts come near `most_programs`."""
+    parts = max(1, min(most_programs // max(programs, 1), steps // max(least_steps, 1)))
     per_part = triton.cdiv(max(steps, 1), parts)
     return triton.cdiv(max(steps, 1), per_part), per_part
 
@@ -113,11 +120,19 @@ def partials(parts: int, out: torch.Tensor) -> torch.Tensor:
     return out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
 
 
-def sum_partials(parts: torch.Tensor, out: torch.Tensor) -> None:
-    """out = parts.sum(0) in a fixed order; nothing to do when the kernel wrote `out` itself. `out` is contiguous."""
-    if parts is out:
+def sum_partials(*reductions: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """out = parts.sum(0) in a fixed order, for one or two (parts, out), in one launch.
+
+    Nothing to do where the kernel wrote `out` itself. `out` is contiguous.
+    """
+    todo = [(parts, out) for parts, out in reductions if parts is not out]
+    if not todo:
         return
-    count = parts.shape[0]
-    sum_parts_kernel[(triton.cdiv(out.numel(), 512),)](
-        parts, out, out.numel(), count, **config(4, 1, BP=power_of_two(count, 1, 8), BN=512)
-    )
+    BN = 512
+    (parts, out), (parts2, out2) = todo[0], todo[-1]
+    blocks = [triton.cdiv(out.numel(), BN) for _, out in todo]
+    most = max(parts.shape[0], parts2.shape[0])
+    sum_parts_kernel[(sum(blocks),)](
+        parts, out, out.numel(), parts.shape[0], blocks[0], parts2, out2, out2.numel(), parts2.shape[0],
+        **config(4, 1, BP=power_of_two(most, 1, 8), BN=BN),
+    )  # fmt: skip

@@ -16,8 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot, pick
-from ._launch import chunks, config, limits, on_device, padded, partials, per_pass, power_of_two, splits_for, sum_partials
+from ._device import cast, dot, dot_rim, operand, pick
+from ._launch import (
+    chunks,
+    config,
+    limits,
+    on_device,
+    padded,
+    partials,
+    per_pass,
+    power_of_two,
+    products,
+    splits_for,
+    sum_partials,
+)
 from .philox import keep_mask, threshold
 
 
@@ -42,11 +54,11 @@ def _expand_backward_kernel(
         m_m = o_m < M
         m_mr = m_m[:, None] & m_r[None, :]
         p_block = p_dy + o_m[:, None].to(tl.int64) * stride_dym + o_n[None, :]
-        b_dy = cast(tl.load(p_block, mask=m_m[:, None] & m_n[None, :], other=0.0), b_b.dtype)
+        b_dy = operand(tl.load(p_block, mask=m_m[:, None] & m_n[None, :], other=0.0), b_b.dtype)
         b_ds = dot(b_dy, b_b, tl.zeros((BM, BR), tl.float32))
         tl.store(p_ds + o_m[:, None].to(tl.int64) * R + o_r[None, :], cast(b_ds, p_ds.dtype.element_ty), mask=m_mr)
         b_s = tl.load(p_s + o_m[:, None].to(tl.int64) * stride_sm + o_r[None, :], mask=m_mr, other=0.0)
-        b_acc = dot(tl.trans(b_dy), cast(b_s, b_b.dtype), b_acc)
+        b_acc = dot(tl.trans(b_dy), operand(b_s, b_b.dtype), b_acc)
     p_block = p_db + tl.program_id(1).to(tl.int64) * stride_db_part + o_n[:, None].to(tl.int64) * R + o_r[None, :]
     tl.store(p_block, cast(b_acc * c, p_db.dtype.element_ty), mask=m_nr)
 
@@ -79,7 +91,7 @@ def _shrink_backward_kernel(
         m_m = o_m < M
         m_mk = m_m[:, None] & m_k[None, :]
         b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :], mask=m_mk, other=0.0)
-        b_x = cast(b_x, p_a.dtype.element_ty)
+        b_x = operand(b_x, p_a.dtype.element_ty)
         if HAS_DX:
             p_out = p_dx + o_m[:, None].to(tl.int64) * stride_dxm + o_k[None, :]
             b_dx = tl.load(p_out, mask=m_mk, other=0.0).to(tl.float32)
@@ -87,14 +99,15 @@ def _shrink_backward_kernel(
         for g in tl.static_range(G):
             m_r = (o_r < R) & (g * R + o_r < members * R)
             p_block = p_ds + o_m[:, None].to(tl.int64) * stride_dsm + (g * R + o_r)[None, :]
-            b_ds = cast(tl.load(p_block, mask=m_m[:, None] & m_r[None, :], other=0.0), b_x.dtype)
+            b_ds = operand(tl.load(p_block, mask=m_m[:, None] & m_r[None, :], other=0.0), p_a.dtype.element_ty)
             b_xg = b_x
             if DROP:
                 b_keep = keep_mask(seed, o_m, o_c8, i_first + g, threshold, BM, BK)
                 b_xg = tl.where(b_keep, b_x, 0.0).to(b_x.dtype)
             new = new + (dot(tl.trans(b_ds), b_xg, accs[g]),)
             if HAS_DX:
-                b_rim = dot(b_ds, rims[g], tl.zeros((BM, BK), tl.float32)) * pick(g, c0, c1, c2, c3)
+                b_rim = dot_rim(b_ds, rims[g], tl.zeros((BM, BK), tl.float32), p_dx.dtype.element_ty)
+                b_rim *= pick(g, c0, c1, c2, c3)
                 if DROP:
                     b_rim = tl.where(b_keep, b_rim, 0.0)
                 b_dx += b_rim
@@ -102,7 +115,7 @@ def _shrink_backward_kernel(
         if HAS_DX:
             tl.store(p_out, cast(b_dx, p_dx.dtype.element_ty), mask=m_mk)
 
-    p_da += tl.program_id(1) * stride_part
+    p_da += tl.program_id(1).to(tl.int64) * stride_part
     for g in tl.static_range(G):
         m_r = (o_r < R) & (g * R + o_r < members * R)
         p_out = p_da + (g * R + o_r)[:, None].to(tl.int64) * stride_dar + o_k[None, :]
@@ -110,16 +123,18 @@ def _shrink_backward_kernel(
         tl.store(p_out, cast(b_da, p_da.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 
 
-def _expand_backward_tile(R: int, M: int, bits32: bool) -> dict[str, Any] | None:
+def _expand_backward_tile(R: int, M: int, n: int) -> dict[str, Any] | None:
     """The tile; None where dB's sums would not stay in registers.
 
-    BR * BN = 4096 … 8192 sums (fp32: 1024) for 128 threads: the wider the panel, the fewer partial sums of ds (N / BN of them).
+    Up to 64 sums a thread, fewer beside those of `n` > 1 products: the wider the panel, the fewer partial sums of
+    ds (N / BN of them).
     """
     BR = power_of_two(R, 16, 1024)
-    if BR > (32 if bits32 else 128):
+    most = {1: 128, 3: 64, 6: 32}[n]
+    if most < BR:
         return None
-    BN = min(256, (1024 if bits32 else 8192) // BR)
-    return config(warps=4, stages=2 if bits32 else 3, BM=power_of_two(M, 16, 32), BN=BN, BR=BR)
+    BN = min(256, {1: 8192, 3: 4096, 6: 1024}[n] // BR)
+    return config(warps=4, stages=2 if n == 6 else 3, BM=power_of_two(M, 16, 32), BN=BN, BR=BR)
 
 
 def expand_backward(
@@ -127,41 +142,43 @@ def expand_backward(
 ) -> bool:
     """ds (M, r) = dy B and dB (N, r) = c dyᵀ s, both contiguous, from one pass over dy (M, N).
 
-    False, and nothing is done, where the rank is too large for that.
+    False, and nothing is done, where the rank is too large for that: where writing and reading the partial sums would
+    move more than a second pass over dy does.
 
     All operands have contiguous rows and M, N > 0.
     """
     M, N = dy.shape
     R = B.shape[1]
-    tile = _expand_backward_tile(R, M, B.dtype == torch.float32)
+    tile = _expand_backward_tile(R, M, products(dy, B))
     if tile is None:
         return False
     panels = triton.cdiv(N, tile["BN"])
     steps = triton.cdiv(M, tile["BM"])
     parts, per_part = splits_for(panels, steps, 4, limits(dy.device).multiprocessors)
+    sums = (panels * M if panels > 1 else 0) + (parts * N if parts > 1 else 0)
+    if 2 * 4 * R * sums > dy.element_size() * M * N:
+        return False
     ds_work, dB_work = partials(panels, ds), partials(parts, dB)
     with on_device(dy):
         _expand_backward_kernel[(panels, parts)](
             dy, s, B, ds_work, dB_work, c, M, N, R, per_part * tile["BM"],
             dy.stride(0), s.stride(0), B.stride(0), ds.numel(), dB.numel(), **tile,
         )  # fmt: skip
-        sum_partials(ds_work, ds)
-        sum_partials(dB_work, dB)
+        sum_partials((ds_work, ds), (dB_work, dB))
     return True
 
 
-def _shrink_backward_tile(R: int, members: int, M: int, bits32: bool) -> dict[str, Any] | None:
+def _shrink_backward_tile(R: int, members: int, M: int, n: int) -> dict[str, Any] | None:
     """The tile; None where the sums of one member (BR x BK) would not stay in registers.
 
     BK = 64 columns are one 128-byte line of a 16-bit x, and give enough programs that dA rarely needs a second pass.
     """
     BR = power_of_two(R, 16, 1024)
-    most = 16 if bits32 else 64
-    if BR > most:
+    most = {1: 64, 3: 32, 6: 16}[n]
+    if most < BR:
         return None
-    G = per_pass(members, most // BR)
-    BM = power_of_two(M, 16, 16 if bits32 else 32)
-    return config(warps=4, stages=2, G=G, BM=BM, BK=64, BR=BR)
+    BM = power_of_two(M, 16, 16 if n == 6 else 32)
+    return config(warps=4, stages=2, G=per_pass(members, most // BR), BM=BM, BK=64, BR=BR)
 
 
 def shrink_backward(
@@ -174,7 +191,7 @@ def shrink_backward(
     """
     M, K = x.shape
     R = A.shape[0] // len(c)
-    tile = _shrink_backward_tile(R, min(len(c), 4), M, A.dtype == torch.float32)
+    tile = _shrink_backward_tile(R, min(len(c), 4), M, products(x, A))
     if tile is None:
         return False
     programs = triton.cdiv(K, tile["BK"])
@@ -190,5 +207,5 @@ def shrink_backward(
                 ds.stride(0), x.stride(0), A.stride(0), dA.stride(0), 0 if dx is None else dx.stride(0), dA.numel(),
                 HAS_DX=dx is not None, DROP=drop, **tile,
             )  # fmt: skip
-        sum_partials(work, dA)
+        sum_partials((work, dA))
     return True

@@ -1,7 +1,7 @@
 """The operators of `ops/lora_embedding.py` on Triton: y = W[i] + c A[:, i]ᵀ Bᵀ and its backward.
 
 i (M,), W (V, D), A (r, V), B (D, r). The columns A[:, i] are gathered once into e (M, r): a column's elements lie V
-apart, a memory sector each. In the backward the tokens are sorted by index, and one program adds up all the tokens of an
+apart, a memory sector each. In the backward the tokens are sorted by index, and one program adds up all tokens of an
 index in their order: no atomics, the same bits every run.
 """
 
@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot_mixed
-from ._launch import config, on_device, power_of_two, require_float, unit_columns
+from ._device import cast, dot_rim
+from ._launch import config, on_device, power_of_two, products, require_float, unit_columns
 from .lora_backward import expand_backward
 from .lora_outer import outer_product
 from .lora_shrink import shrink_into
@@ -58,7 +58,7 @@ def _embedding_kernel(
         b_e = tl.load(p_block, mask=m_m[:, None] & m_r[None, :], other=0.0)
         p_block = p_b + o_n[None, :].to(tl.int64) * stride_bn + o_r[:, None]
         b_b = tl.load(p_block, mask=m_r[:, None] & m_n[None, :], other=0.0)
-        b_acc = dot_mixed(b_e, b_b, b_acc)
+        b_acc = dot_rim(b_e, b_b, b_acc, p_y.dtype.element_ty)
     b_y = b_w.to(tl.float32) + b_acc * c
     tl.store(p_y + o_m[:, None].to(tl.int64) * stride_ym + o_n[None, :], cast(b_y, p_y.dtype.element_ty), mask=m_mn)
 
@@ -109,13 +109,13 @@ def lora_embedding(
     if y.numel() == 0:
         return y
     indices, weight, B = indices.contiguous(), unit_columns(weight), unit_columns(B)
-    bits32 = A.dtype == torch.float32
-    BM, BN = power_of_two(M, 16, 32 if bits32 else 64), 128
+    most = 32 if products(weight, B) == 6 else 64
+    BM, BN = power_of_two(M, 16, most), 128
     with on_device(weight):
         e = _gather(indices, A)
         _embedding_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
             indices, weight, e, B, y, float(scaling), M, N, A.shape[0], weight.stride(0), B.stride(0), N,
-            **config(BM // 8, 2, BM=BM, BN=BN, BR=power_of_two(A.shape[0], 16, 32 if bits32 else 64)),
+            **config(BM // 8, 2, BM=BM, BN=BN, BR=power_of_two(A.shape[0], 16, most)),
         )  # fmt: skip
     return y
 
@@ -125,7 +125,7 @@ def lora_embedding_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA (r, V) in A's dtype and dB (D, r) in B's from dy (M, D). Column `padding_idx` of dA stays 0; -1 for none."""
     require_float(dy=dy, A=A, B=B)
-    (M, N), R = dy.shape, A.shape[0]
+    M, R = dy.shape[0], A.shape[0]
     dA = torch.zeros(A.shape, dtype=A.dtype, device=A.device)
     dB = torch.empty(B.shape, dtype=B.dtype, device=B.device)
     if dy.numel() == 0:

@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot_mixed, pick
-from ._launch import MEMBERS, chunks, config, on_device, power_of_two, unit_columns
+from ._device import cast, dot_rim, pick
+from ._launch import MEMBERS, chunks, config, on_device, power_of_two, products, unit_columns
 from .philox import keep_mask, threshold
 
 
 @triton.jit
 def member_of_tile(i_t, t1, t2, t3, n1, n2, n3, n4, BN: tl.constexpr):
-    """(member, its first column of this tile, its end) of tile `i_t`; member g has columns n_g … n_(g+1), tiles t_g …"""
+    """(member, first column, end of the member) of tile `i_t`; member g has columns n_g … n_(g+1), tiles from t_g."""
     i_g = (i_t >= t1).to(tl.int32) + (i_t >= t2).to(tl.int32) + (i_t >= t3).to(tl.int32)
     return i_g, pick(i_g, 0, n1, n2, n3) + (i_t - pick(i_g, 0, t1, t2, t3)) * BN, pick(i_g, n1, n2, n3, n4)
 
@@ -30,12 +30,12 @@ def tiles_of_members(splits: Sequence[int], BN: int) -> tuple[int, tuple[int, ..
 
 
 @triton.jit
-def _rim_step(p_s, p_b, o_r, R, stride_br, m_m, m_n, b_acc):
+def _rim_step(p_s, p_b, o_r, R, stride_br, m_m, m_n, b_acc, wide: tl.constexpr):
     """b_acc + s[:, o_r] B[:, o_r]ᵀ."""
     m_r = o_r < R
     b_s = tl.load(p_s + o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0)
     b_b = tl.load(p_b + o_r[:, None].to(tl.int64) * stride_br, mask=m_r[:, None] & m_n[None, :], other=0.0)
-    return dot_mixed(b_s, b_b, b_acc)
+    return dot_rim(b_s, b_b, b_acc, wide)
 
 
 @triton.jit(do_not_specialize=["threshold", "M", "i_first", "t1", "t2", "t3", "tiles"])
@@ -56,9 +56,9 @@ def _expand_kernel(
     p_b += o_n[None, :].to(tl.int64) * stride_bn
     if LOOP:
         for i_r in range(0, R, BR):
-            b_acc = _rim_step(p_s, p_b, i_r + tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc)
+            b_acc = _rim_step(p_s, p_b, i_r + tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc, p_y.dtype.element_ty)
     else:
-        b_acc = _rim_step(p_s, p_b, tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc)
+        b_acc = _rim_step(p_s, p_b, tl.arange(0, BR), R, stride_br, m_m, m_n, b_acc, p_y.dtype.element_ty)
     b_acc *= c
     if DROP:
         o_c8 = i_n // 8 + tl.arange(0, BN // 8)
@@ -70,10 +70,10 @@ def _expand_kernel(
     tl.store(p_block, cast(b_y, p_y.dtype.element_ty), mask=m_mn)
 
 
-def _expand_tile(R: int, M: int, bits32: bool) -> dict[str, Any]:
+def _expand_tile(R: int, M: int, n: int) -> dict[str, Any]:
     """32 fp32 sums a thread, and as many elements of y."""
-    BM = power_of_two(M, 16, 32 if bits32 else 64)
-    BR = power_of_two(R, 16, 32 if bits32 else 64)
+    BM = power_of_two(M, 16, 32 if n == 6 else 64)
+    BR = power_of_two(R, 16, 32 if n == 6 else 64)
     return config(warps=BM // 8, stages=2, BM=BM, BN=128, BR=BR, LOOP=R > BR)
 
 
@@ -82,7 +82,7 @@ def _launch(
     c: float, p: float, seed: torch.Tensor | None,
 ) -> None:  # fmt: skip
     M = y.shape[0]
-    tile = _expand_tile(R, M, s.dtype == torch.float32 or B.dtype == torch.float32)
+    tile = _expand_tile(R, M, products(y, B))
     tiles, t, n = tiles_of_members(splits, tile["BN"])
     drop = threshold(p) > 0
     with on_device(y):

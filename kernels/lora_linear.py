@@ -1,9 +1,9 @@
 """The operators of `ops/lora_linear.py` on Triton, argument for argument; the formulas are there.
 
 x (M, K), A (G·r, K), B (N, r), s and ds (M, G·r), G members with one scaling each; c_g = scaling_g / (1 - p).
-Row strides are free, rows are contiguous (inputs that have none are copied). Any rank; 16-bit operands are multiplied on
-tensor cores, fp32 ones in fp32; sums are fp32 and rounded once. `seed`: int64 tensor of one element on x's device, read
-there. Nothing synchronises with the host.
+Row strides are free, rows are contiguous (inputs that have none are copied). Any rank, any mixture of fp32, bf16 and
+fp16; fp32 products are right to fp32 (see `_device.dot`), sums are fp32 and rounded once. `seed`: int64 tensor of one
+element on x's device, read there. Nothing synchronises with the host.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def lora_expand_(y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, splits: Sequ
     require_float(y=y, s=s, B=B)
     require_unit_columns("y", y)
     if sum(splits) != B.shape[0] or y.shape[1] != B.shape[0]:
-        raise ValueError(f"splits {list(splits)} must add up to the {B.shape[0]} rows of B and the columns of y {tuple(y.shape)}")
+        raise ValueError(f"splits {list(splits)} must add up to y's columns and B's rows, got {y.shape} and {B.shape}")
     expand_members(y, s, B, splits)
 
 
 def lora_expand_backward(dy: torch.Tensor, s: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(ds = dy B in s's dtype, dB = dyᵀ s in B's dtype) of one member.
 
-    One pass over dy up to rank 128 (32 in fp32); beyond, one for ds and one for every 64 columns of dB.
+    One pass over dy up to rank 32 or so (see `expand_backward`); beyond, one for ds and one for dB.
     """
     require_float(dy=dy, s=s, B=B)
     M, N = dy.shape
@@ -108,7 +108,9 @@ def lora_linear_wide(
     """y_g = x W_gᵀ + b_g + s_g B_gᵀ -> (M, N) in x's dtype: base and adapter in one kernel, y written once."""
     require_float(x=x, weight=weight, s=s, B=B)
     if sum(splits) != weight.shape[0] or B.shape[0] != weight.shape[0]:
-        raise ValueError(f"splits {list(splits)} must add up to the rows of weight {tuple(weight.shape)} and B {tuple(B.shape)}")
+        raise ValueError(
+            f"splits {list(splits)} must add up to weight's rows and B's, got {weight.shape} and {B.shape}"
+        )
     return wide(unit_columns(x), weight, bias, unit_columns(s), B, splits)
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot, pick
+from ._device import cast, dot, operand, pick
 from ._launch import (
     chunks,
     config,
@@ -17,6 +17,7 @@ from ._launch import (
     padded,
     partials,
     power_of_two,
+    products,
     splits_for,
     sum_partials,
     unit_columns,
@@ -50,13 +51,13 @@ def _outer_kernel(
         p_block = p_t + o_m[:, None].to(tl.int64) * stride_tm + o_r[None, :]
         b_t = tl.load(p_block, mask=m_m[:, None] & m_r[None, :], other=0.0)
         p_block = p_x + o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :]
-        b_x = cast(tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0), p_t.dtype.element_ty)
+        b_x = operand(tl.load(p_block, mask=m_m[:, None] & m_k[None, :], other=0.0), p_t.dtype.element_ty)
         if DROP:
             b_keep = keep_mask(seed, o_m, o_c8, i_first + i_g, threshold, BM, BK)
             b_x = tl.where(b_keep, b_x, 0.0).to(b_x.dtype)
         b_acc = dot(tl.trans(b_t), b_x, b_acc)
 
-    p_block = p_out + tl.program_id(2) * stride_part + o_r[:, None].to(tl.int64) * stride_or
+    p_block = p_out + tl.program_id(2).to(tl.int64) * stride_part + o_r[:, None].to(tl.int64) * stride_or
     p_block += o_k[None, :].to(tl.int64) * stride_ok
     b_acc *= pick(i_g, c0, c1, c2, c3)
     tl.store(p_block, cast(b_acc, p_out.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
@@ -72,10 +73,10 @@ def outer_product(
     M, K = x.shape
     t, x = unit_columns(t), unit_columns(x)
     R = t.shape[1] // len(c)
-    bits32 = t.dtype == torch.float32
-    BR = power_of_two(R, 16, 32 if bits32 else 64)
-    BM = power_of_two(M, 16, 32 if bits32 else 64)
-    tile = config(warps=4, stages=2 if bits32 else 3, BM=BM, BK=64 if bits32 else 128, BR=BR)
+    n = products(x, t)
+    BR = power_of_two(R, 16, 32 if n == 6 else 64)
+    BM = power_of_two(M, 16, 64 if n == 1 else 32)
+    tile = config(warps=4, stages=2 if n == 6 else 3, BM=BM, BK=128 if n == 1 else 64, BR=BR)
     programs = triton.cdiv(K, tile["BK"]) * triton.cdiv(R, BR) * len(c)
     steps = triton.cdiv(M, tile["BM"])
     parts, per_part = splits_for(programs, steps, 4, limits(x.device).multiprocessors)
@@ -94,4 +95,4 @@ def outer_product(
             )  # fmt: skip
         if parts > 1:
             flat = out if out.is_contiguous() else out.t()
-            sum_partials(work if out.is_contiguous() else work.transpose(-1, -2), flat)
+            sum_partials((work if out.is_contiguous() else work.transpose(-1, -2), flat))

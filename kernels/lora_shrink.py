@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import cast, dot, pick
+from ._device import cast, dot, operand, pick
 from ._launch import (
     chunks,
     config,
@@ -23,6 +23,7 @@ from ._launch import (
     partials,
     per_pass,
     power_of_two,
+    products,
     splits_for,
     sum_partials,
     unit_columns,
@@ -57,7 +58,7 @@ def _shrink_kernel(
     for k in range(k_first, tl.minimum(K, k_first + k_part), BK):
         m_k = k + o_k < K
         b_x = tl.load(p_rows + (k + o_k)[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_x = cast(b_x, p_a.dtype.element_ty)
+        b_x = operand(b_x, p_a.dtype.element_ty)
         new = ()
         for g in tl.static_range(G):
             m_r = (o_r < R) & ((i_g + g) * R + o_r < members * R)
@@ -74,7 +75,7 @@ def _shrink_kernel(
             new = new + (dot(b_xg, b_a, accs[g]),)
         accs = new
 
-    p_s += tl.program_id(1) * stride_part
+    p_s += tl.program_id(1).to(tl.int64) * stride_part
     for g in tl.static_range(G):
         m_r = (o_r < R) & ((i_g + g) * R + o_r < members * R)
         p_out = p_s + o_m[:, None].to(tl.int64) * stride_sm + ((i_g + g) * R + o_r)[None, :]
@@ -95,13 +96,17 @@ def members_of(scaling: Sequence[float], rows: int, p: float) -> tuple[list[floa
     return [kept_scale(c, p) for c in scaling], rows // len(scaling), drop
 
 
-def _shrink_tile(R: int, members: int, M: int, bits32: bool, drop: bool) -> dict[str, Any]:
-    """At most 64 fp32 sums a thread, and a stage of x of 16 KiB; of less where sums or masks need the registers."""
-    BR = power_of_two(R, 16, 64 if bits32 else 128)
-    BM = power_of_two(M, 16, 32 if bits32 else 64)
-    G = per_pass(members, (64 if bits32 else 128) // BR)
-    BK = 32 if bits32 or (drop and G > 1) else 64 if drop or BR > 64 else 128
-    return config(warps=4, stages=2 if bits32 else 3, G=G, BM=BM, BK=BK, BR=BR)
+def _shrink_tile(R: int, members: int, M: int, n: int, drop: bool, multiprocessors: int) -> dict[str, Any]:
+    """At most 64 fp32 sums a thread (32 beside the sums of `n` > 1 products), and a stage of x of 16 KiB; of less where
+    sums or masks need the registers.
+
+    A warp to 16 rows: more would make each mask more than once. 64 rows, unless that leaves multiprocessors idle.
+    """
+    BR = power_of_two(R, 16, 128 if n == 1 else 64)
+    BM = power_of_two(M, 16, 32 if n == 6 or triton.cdiv(M, 64) * triton.cdiv(R, BR) < multiprocessors else 64)
+    G = per_pass(members, {1: 128, 3: 64, 6: 32}[n] // BR)
+    BK = 32 if n == 6 or (drop and G > 1) else 64 if n == 3 or drop or BR > 64 else 128
+    return config(warps=BM // 16, stages=3, G=G, BM=BM, BK=BK, BR=BR)
 
 
 def shrink_into(
@@ -113,11 +118,12 @@ def shrink_into(
         return out
     x = unit_columns(x)
     c, R, drop = members_of(scaling, A.shape[0], p)
-    tile = _shrink_tile(R, min(len(c), 4), M, A.dtype == torch.float32, drop)
+    multiprocessors = limits(x.device).multiprocessors
+    tile = _shrink_tile(R, min(len(c), 4), M, products(x, A), drop, multiprocessors)
     programs = triton.cdiv(M, tile["BM"]) * triton.cdiv(R, tile["BR"]) * triton.cdiv(len(c), tile["G"])
-    # A part of fewer than 1024 columns costs more in the second pass than it saves.
+    # A second launch pays only where most multiprocessors would be idle, and for parts of 1024 columns or more.
     steps = triton.cdiv(K, tile["BK"])
-    parts, per_part = splits_for(programs, steps, triton.cdiv(1024, tile["BK"]), limits(x.device).multiprocessors)
+    parts, per_part = splits_for(programs, steps, triton.cdiv(1024, tile["BK"]), multiprocessors // 2)
     work = partials(parts, out)
     with on_device(x):
         for first, last in chunks(len(c)):
@@ -129,5 +135,5 @@ def shrink_into(
                 x.stride(0), A.stride(0), A.stride(1), out.stride(0), out.numel(),
                 DROP=drop, **tile,
             )  # fmt: skip
-        sum_partials(work, out)
+        sum_partials((work, out))
     return out

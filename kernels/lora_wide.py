@@ -3,8 +3,10 @@
     y_g = x W_gᵀ + b_g + s_g B_gᵀ
     dx  = dy W + Σ_g c_g · mask_g ∘ (ds_g A_g)
 
-The rim goes first, into the accumulator that the main loop then continues: the mask and c_g fall on the rim alone, no
-second accumulator is needed, and the result is written once.
+The rim comes last in the forward: where it is larger than the base, adding the base's many terms to it would round each
+of them at the rim's size. In the backward c_g and the mask fall on the rim alone, which takes a second accumulator;
+with one member and no mask in 16 bit, where fp32 sums are exact enough in any order, the rim comes first instead, and
+the main loop continues on it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def _tile_of_program(M, tiles, BM: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_main_product(
+def _add_product(
     b_acc, p_a, p_b, K, stride_ak, stride_bk, m_a, m_b, EVEN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """b_acc + a @ b over K: `p_a` (BM, 1) and `p_b` (1, BN) point at the first element of each row and column."""
@@ -70,28 +72,40 @@ def _wide_kernel(
     o_n64 = o_n[None, :].to(tl.int64)
 
     b_acc = tl.zeros((BM, BN), tl.float32)
+    b_acc = _add_product(b_acc, p_x + o_m64 * stride_xm, p_w + o_n64 * stride_wn, K, 1, stride_wk, m_m, m_n, EVEN, BK)
     for i_r in range(0, R, BR):
         o_r = i_r + tl.arange(0, BR)
         m_r = o_r < R
         b_s = tl.load(p_s + o_m64 * stride_sm + (i_g * R + o_r)[None, :], mask=m_m & m_r[None, :], other=0.0)
         b_b = tl.load(p_b + o_n64 * stride_bn + o_r[:, None] * stride_br, mask=m_r[:, None] & m_n, other=0.0)
         b_acc = dot_rim(b_s, b_b, b_acc, p_x.dtype.element_ty)
-    b_acc = _add_main_product(
-        b_acc, p_x + o_m64 * stride_xm, p_w + o_n64 * stride_wn, K, 1, stride_wk, m_m, m_n, EVEN, BK
-    )
     if HAS_BIAS:
         b_acc += tl.load(p_bias + o_n, mask=o_n < n_end, other=0.0).to(tl.float32)[None, :]
     tl.store(p_y + o_m64 * stride_ym + o_n64, cast(b_acc, p_y.dtype.element_ty), mask=m_m & m_n)
+
+
+@triton.jit
+def _add_rim(
+    b_acc, p_ds, p_a, i_first, R, stride_ar, m_m, m_n, wide: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """b_acc + ds A of the member whose R columns of ds begin at `i_first`."""
+    for i_r in range(0, R, BR):
+        m_r = i_r + tl.arange(0, BR) < R
+        o_r = i_first + i_r + tl.arange(0, BR)
+        b_ds = tl.load(p_ds + o_r[None, :], mask=m_m & m_r[None, :], other=0.0)
+        b_a = tl.load(p_a + o_r[:, None].to(tl.int64) * stride_ar, mask=m_r[:, None] & m_n, other=0.0)
+        b_acc = dot_rim(b_ds, b_a, b_acc, wide)
+    return b_acc
 
 
 @triton.jit(do_not_specialize=["threshold", "M", "members", "tiles"])
 def _wide_backward_kernel(
     p_dy, p_w, p_ds, p_a, p_dx, p_seed, c0, c1, c2, c3, threshold, M, N, K, R, members, tiles,
     stride_dym, stride_wn, stride_wk, stride_dsm, stride_ar, stride_dxm,
-    DROP: tl.constexpr, SINGLE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    DROP: tl.constexpr, ONE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """A BM x BN tile of dx (BN of its K columns), summed over N in steps of BK."""
+    """A BM x BN tile of dx (BN of its K columns), summed over N in steps of BK. ONE: one member and no mask."""
     i_m, i_t = _tile_of_program(M, tiles, BM, GROUP)
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_t * BN + tl.arange(0, BN)
@@ -99,33 +113,21 @@ def _wide_backward_kernel(
     m_n = (o_n < K)[None, :]
     o_m64 = o_m[:, None].to(tl.int64)
     o_n64 = o_n[None, :].to(tl.int64)
-    if DROP:
-        seed = tl.load(p_seed)
-
+    p_ds += o_m64 * stride_dsm
+    p_a += o_n64
     b_acc = tl.zeros((BM, BN), tl.float32)
-    for i_g in range(0, members):
-        # One member needs one accumulator: its scale and mask can fall on the accumulator itself.
-        b_rim = b_acc
-        if not SINGLE:
+    if ONE:
+        b_acc = _add_rim(b_acc, p_ds, p_a, 0, R, stride_ar, m_m, m_n, p_dy.dtype.element_ty, BR) * c0
+    b_acc = _add_product(b_acc, p_dy + o_m64 * stride_dym, p_w + o_n64 * stride_wk, N, 1, stride_wn, m_m, m_n, EVEN, BK)
+    if not ONE:
+        for i_g in range(0, members):
             b_rim = tl.zeros((BM, BN), tl.float32)
-        for i_r in range(0, R, BR):
-            o_r = i_r + tl.arange(0, BR)
-            m_r = o_r < R
-            o_gr = i_g * R + o_r
-            b_ds = tl.load(p_ds + o_m64 * stride_dsm + o_gr[None, :], mask=m_m & m_r[None, :], other=0.0)
-            b_a = tl.load(p_a + o_gr[:, None].to(tl.int64) * stride_ar + o_n64, mask=m_r[:, None] & m_n, other=0.0)
-            b_rim = dot_rim(b_ds, b_a, b_rim, p_dy.dtype.element_ty)
-        b_rim *= pick(i_g, c0, c1, c2, c3)
-        if DROP:
-            o_c8 = i_t * (BN // 8) + tl.arange(0, BN // 8)
-            b_rim = tl.where(keep_mask(seed, o_m, o_c8, i_g, threshold, BM, BN), b_rim, 0.0)
-        if SINGLE:
-            b_acc = b_rim
-        else:
+            b_rim = _add_rim(b_rim, p_ds, p_a, i_g * R, R, stride_ar, m_m, m_n, p_dy.dtype.element_ty, BR)
+            b_rim *= pick(i_g, c0, c1, c2, c3)
+            if DROP:
+                o_c8 = i_t * (BN // 8) + tl.arange(0, BN // 8)
+                b_rim = tl.where(keep_mask(tl.load(p_seed), o_m, o_c8, i_g, threshold, BM, BN), b_rim, 0.0)
             b_acc += b_rim
-    b_acc = _add_main_product(
-        b_acc, p_dy + o_m64 * stride_dym, p_w + o_n64 * stride_wk, N, 1, stride_wn, m_m, m_n, EVEN, BK
-    )
     tl.store(p_dx + o_m64 * stride_dxm + o_n64, cast(b_acc, p_dx.dtype.element_ty), mask=m_m & m_n)
 
 
@@ -139,7 +141,7 @@ _TILES_16 = (
     (64, 64, 64, 4, 3, 0.45),
     (16, 128, 64, 4, 3, 0.15),
 )
-_TILES_32 = ((64, 64, 16, 4, 2, 1.0), (32, 64, 16, 4, 2, 0.8), (16, 64, 16, 4, 2, 0.5))
+_TILES_32 = ((64, 64, 32, 4, 2, 1.0), (32, 64, 32, 4, 2, 0.8), (16, 64, 32, 4, 2, 0.5))
 
 
 def wide_tile(M: int, N: int, sums: int, bits32: bool, device: torch.device) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def wide_tile(M: int, N: int, sums: int, bits32: bool, device: torch.device) -> 
     size = 4 if bits32 else 2
     best, least = None, float("inf")
     for BM, BN, BK, warps, stages, rate in _TILES_32 if bits32 else _TILES_16:
-        if (BM + BN) * BK * size * stages > limit.shared_bytes or BM * BN > sums * 32 * warps:
+        if (BM + BN) * BK * size * stages > limit.shared_bytes or BM * BN / (32 * warps) > sums:
             continue
         waves = triton.cdiv(triton.cdiv(M, BM) * triton.cdiv(N, BN), limit.multiprocessors)
         if waves * BM * BN / rate < least:
@@ -162,17 +164,17 @@ def wide_tile(M: int, N: int, sums: int, bits32: bool, device: torch.device) -> 
     return config(warps=warps, stages=stages, BM=BM, BN=BN, BK=BK)
 
 
-def _sums(operand: torch.Tensor, weight: torch.Tensor, adapter: torch.Tensor, masked: bool) -> int:
+def _sums(operand: torch.Tensor, weight: torch.Tensor, adapter: torch.Tensor, apart: bool) -> int:
     """How many sums a thread may keep.
 
-    Half where members are masked or scaled apart, which takes a second accumulator and the mask; a quarter if the
+    Half where the rim is `apart`, which takes a second accumulator and perhaps the mask; a quarter if the
     adapter is split in two besides, or where rows are not aligned: only vector loads go past the registers.
     """
     if operand.dtype == torch.float32:
-        return 16 if masked else 32
-    if not aligned(operand, weight) or (masked and adapter.dtype == torch.float32):
+        return 16 if apart else 32
+    if not aligned(operand, weight) or (apart and adapter.dtype == torch.float32):
         return 32
-    return 64 if masked else 128
+    return 64 if apart else 128
 
 
 def _rank_step(R: int, adapter: torch.Tensor, tile: dict[str, Any]) -> int:
@@ -216,17 +218,16 @@ def wide_backward(
     if dx.numel() == 0:
         return dx
     drop, n = threshold(p) > 0, min(len(c), MEMBERS)
-    tile = wide_tile(M, K, _sums(dy, weight, A, n > 1 or drop), dy.dtype == torch.float32, dy.device)
+    one = n == 1 and not drop and dy.dtype != torch.float32
+    tile = wide_tile(M, K, _sums(dy, weight, A, not one), dy.dtype == torch.float32, dy.device)
     tiles = triton.cdiv(K, tile["BN"])
     with on_device(dy):
         _wide_backward_kernel[(triton.cdiv(M, tile["BM"]) * tiles,)](
             dy, weight, ds, A, dx, seed if drop else None, *padded(c[:n]), threshold(p), M, N, K, R, n, tiles,
             dy.stride(0), weight.stride(0), weight.stride(1), ds.stride(0), A.stride(0), dx.stride(0),
-            DROP=drop, SINGLE=n == 1, EVEN=N % tile["BK"] == 0, GROUP=8, BR=_rank_step(R, A, tile), **tile,
+            DROP=drop, ONE=one, EVEN=N % tile["BK"] == 0, GROUP=8, BR=_rank_step(R, A, tile), **tile,
         )  # fmt: skip
     for g in range(n, len(c)):
         rank = slice(g * R, (g + 1) * R)
         add_product(dx, ds[:, rank], A[rank].t(), c[g], p, seed, g)
     return dx
-
-

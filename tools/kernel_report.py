@@ -25,10 +25,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels
 
 import torch
 import triton
+from fastpeft.kernels import _launch, lora_embedding, lora_linear, philox
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from fastpeft.kernels import _launch, lora_embedding, lora_linear, philox
 
 # (multiprocessors, shared bytes a program may use) that tiles are chosen for: A100, H100, B200, RTX 5090.
 TARGETS = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024), 120: (170, 99 * 1024)}
@@ -85,6 +84,7 @@ def measure(kernel: object) -> dict[str, object]:
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
+        "asserts": kernel.asm["ptx"].count("__assertfail("),
         "ptx_wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
     }
     row["mma"] = {name: n for name, pattern in MATRIX.items() if (n := len(re.findall(pattern, sass)))}
@@ -94,8 +94,10 @@ def measure(kernel: object) -> dict[str, object]:
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def _linear(operator: str, r: int, members: int = 1, p: float = 0.0, M: int = 4096, x: torch.dtype = BF16,
-            a: torch.dtype | None = None, dx: bool = True, N: int = 4096, K: int = 4096) -> Callable[[], object]:  # fmt: skip
+def _linear(
+    operator: str, r: int, members: int = 1, p: float = 0.0, M: int = 4096, x: torch.dtype = BF16,
+    a: torch.dtype | None = None, dx: bool = True, N: int = 4096, K: int = 4096,
+) -> Callable[[], object]:  # fmt: skip
     a = a or x
 
     def call() -> object:
@@ -118,9 +120,9 @@ def _linear(operator: str, r: int, members: int = 1, p: float = 0.0, M: int = 40
 def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
     def call() -> object:
         index = torch.zeros(4096, dtype=torch.int64)
-        W, A, B = torch.empty(32000, 4096, dtype=dtype), torch.empty(r, 32000, dtype=dtype), torch.empty(4096, r, dtype=dtype)
+        W, A, B, dy = (torch.empty(*s, dtype=dtype) for s in ((32000, 4096), (r, 32000), (4096, r), (4096, 4096)))
         lora_embedding.lora_embedding(index, W, A, B, 2.0)
-        return lora_embedding.lora_embedding_backward(torch.empty(4096, 4096, dtype=dtype), index, A, B, 2.0)
+        return lora_embedding.lora_embedding_backward(dy, index, A, B, 2.0)
 
     return call
 
@@ -224,7 +226,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="only cases whose name starts so (repeatable)")
-    parser.add_argument("--target", action="append", type=int, choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument("--target", action="append", type=int, choices=list(TARGETS), help="only this (repeatable)")
     parser.add_argument("--exact", action="store_true", help="--case gives whole names")
     parser.add_argument("--json", action="store_true", help="rows as JSON, not a Markdown table")
     options = parser.parse_args()

@@ -69,7 +69,8 @@ def test_no_kernel_spills(rows, target):
 
 
 def test_wide_kernels_use_wgmma_on_hopper(rows):
-    wide = [row for row in rows if row["target"] == 90 and row["kernel"].startswith("wide") and "fp32" not in row["case"]]
+    hopper = [row for row in rows if row["target"] == 90 and "fp32" not in row["case"]]
+    wide = [row for row in hopper if row["kernel"].startswith("wide")]
     assert len(wide) == 2
     assert all(row["ptx_wgmma"] and row["mma"].get("wgmma") and not row["mma"].get("mma") for row in wide)
 
@@ -78,3 +79,9 @@ def test_wide_kernels_use_tensor_cores_everywhere(rows):
     for row in rows:
         if row["kernel"].startswith("wide") and "fp32" not in row["case"]:
             assert row["mma"], row
+
+
+def test_an_embedding_index_out_of_range_stops_the_kernel(rows):
+    """As PyTorch's embedding does: the check is compiled in, where a gather would read at random."""
+    gathers = [row for row in rows if row["kernel"] == "gather"]
+    assert gathers and all(row["asserts"] for row in gathers)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastpeft.kernels.lora_embedding import lora_embedding, lora_embedding_backward
+
 from fastpeft.ops.lora_embedding import embedding_backward_reference, embedding_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

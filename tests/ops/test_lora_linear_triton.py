@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from fastpeft.kernels import lora_linear as triton_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpeft.kernels import lora_linear as triton_ops
 from fastpeft.ops import philox, products
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -36,17 +36,18 @@ class Case:
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16)
     scaling: list[float] | None = None
     bias: bool = True
+    pad: int = 8  # every operand is a column block of something so much wider, as in a stacked group
+    wide: bool = True  # the products with the weight as well, which take long in the interpreter
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self) -> None:
         new = lambda *shape: torch.randn(*shape, device=self.device)  # noqa: E731
         (dtype, adapter), N, G = self.dtypes, sum(self.splits), len(self.splits)
         self.scaling = self.scaling or [2.0] * G
-        # Wider than needed: every operand is a column block of something, as in a stacked group.
-        self.x = new(self.M, self.K + 8).to(dtype)[:, : self.K]
-        self.dy = new(self.M, N + 8).to(dtype)[:, :N]
-        self.base = new(self.M, N + 8).to(dtype)[:, :N]
-        self.dx = new(self.M, self.K + 8).to(dtype)[:, : self.K]
+        self.x = new(self.M, self.K + self.pad).to(dtype)[:, : self.K]
+        self.dy = new(self.M, N + self.pad).to(dtype)[:, :N]
+        self.base = new(self.M, N + self.pad).to(dtype)[:, :N]
+        self.dx = new(self.M, self.K + self.pad).to(dtype)[:, : self.K]
         self.A = (new(G * self.r, self.K) / max(self.K, 1) ** 0.5).to(adapter)
         self.B = new(N, self.r).to(adapter)
         self.weight = (new(N, self.K) / max(self.K, 1) ** 0.5).to(dtype)
@@ -88,13 +89,13 @@ class Case:
             out["dA"].append(c * (ds[:, rank].t() @ z))
             y[:, columns] += F.linear(s[:, rank], B[columns])
             rim = rim + (c * (ds[:, rank] @ A[rank])) * mask
-        wide = F.linear(x, W, b)
-        for rank, columns in self.members():
-            wide[:, columns] += F.linear(s[:, rank], B[columns])
-        return {
-            **{k: torch.cat(v, 0 if k[0] == "d" and k != "ds" else 1) for k, v in out.items()},
-            "y": y, "dx": (dx + rim).to(dx.dtype), "wide": wide, "wide_dx": (dy @ W + rim).to(dx.dtype),
-        }  # fmt: skip
+        out = {name: torch.cat(parts, 0 if name in ("dA", "dB") else 1) for name, parts in out.items()}
+        out |= {"y": y, "dx": (dx + rim).to(dx.dtype)}
+        if self.wide:
+            out |= {"wide": F.linear(x, W, b), "wide_dx": (dy @ W + rim).to(dx.dtype)}
+            for rank, columns in self.members():
+                out["wide"][:, columns] += F.linear(s[:, rank], B[columns])
+        return out
 
     def triton(self) -> dict[str, torch.Tensor]:
         y, dx = self.base.clone(), self.dx.clone()
@@ -104,16 +105,18 @@ class Case:
             triton_ops.lora_expand_backward(self.dy[:, columns], self.s[:, rank], self.B[columns])
             for rank, columns in self.members()
         ]
-        return {
+        out = {
             "s": triton_ops.lora_shrink(self.x, self.A, *rest),
             "ds": torch.cat([ds for ds, _ in pairs], 1),
             "dB": torch.cat([dB for _, dB in pairs], 0),
             "dA": triton_ops.lora_shrink_backward(self.ds, self.x, self.A, *rest, dx),
             "y": y,
             "dx": dx,
-            "wide": triton_ops.lora_linear_wide(self.x, self.weight, self.b, self.s, self.B, self.splits),
-            "wide_dx": triton_ops.lora_linear_wide_backward(self.dy, self.weight, self.ds, self.A, *rest),
         }
+        if self.wide:
+            out["wide"] = triton_ops.lora_linear_wide(self.x, self.weight, self.b, self.s, self.B, self.splits)
+            out["wide_dx"] = triton_ops.lora_linear_wide_backward(self.dy, self.weight, self.ds, self.A, *rest)
+        return out
 
 
 def check(case: Case) -> dict[str, torch.Tensor]:
@@ -156,9 +159,26 @@ def test_large_ranks(r, dtypes, device):
 
 def test_long_reductions_are_split(device):
     """Enough rows and columns that every reduction goes through the workspace, with the same bits every time."""
-    case = Case(260, 2112, [264], 4, dtypes=(FP16, FP16), device=device)
+    case = Case(260, 2112, [264], 4, dtypes=(FP16, FP16), wide=False, device=device)
     first, second = check(case), case.triton()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_offsets_beyond_32_bits(device):
+    """Rows that lie 2^31 elements apart, as the last tokens of a long stacked activation do."""
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 40 << 30:
+        pytest.skip("takes 26 GB")
+    case = Case(2, 32, [32], 4, 0.1, (FP16, FP16), device=device)
+    expected = case.triton()
+    far = [torch.empty(2**31 + 64, dtype=FP16, device=device).as_strided((2, 32), (2**31, 1)) for _ in range(4)]
+    for name, matrix in zip(("x", "dy", "base", "dx"), far, strict=True):
+        setattr(case, name, matrix.copy_(getattr(case, name)))
+    y, dx = case.base, case.dx  # `triton` works on copies, whose rows are close together again
+    got = case.triton()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    triton_ops.lora_expand_(y, case.s, case.B, case.splits)
+    triton_ops.lora_shrink_backward(case.ds, case.x, case.A, case.scaling, case.p, case.seed, dx)
+    assert torch.equal(y, expected["y"]) and torch.equal(dx, expected["dx"])
 
 
 def test_everything_dropped(device):

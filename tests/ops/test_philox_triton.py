@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastpeft.kernels import philox as kernel
+
 from fastpeft.ops import philox
 
 
