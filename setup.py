@@ -42,8 +42,8 @@ def extensions() -> list[Extension]:
                 "install torch >= 2.10 and use `pip install --no-build-isolation`"
             ) from error
         say(
-            "torch is not in the build environment: installing without the C++ extension (operators run on the reference"
-            " backend). For the CPU kernels: `pip install torch`, then install again with --no-build-isolation"
+            "torch is not in the build environment: installing without the C++ extension (operators run on the "
+            "reference backend). For the CPU kernels: `pip install torch`, then install again with --no-build-isolation"
         )
         return []
     sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp"))

@@ -16,7 +16,7 @@ if os.environ.get("FASTPEFT_TEST_DEVICE") != "cuda":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
