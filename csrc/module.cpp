@@ -13,21 +13,22 @@ PyObject* select_isa(PyObject*, PyObject* args) {
   const char* reason = "";
   if (!fastpeft::select_isa(name, &reason)) {
     return PyErr_Format(
-        PyExc_ValueError, "instruction set '%s' cannot be used: %s; choose auto, avx512, avx2 or scalar", name, reason);
+        PyExc_ValueError, "instruction set '%s' cannot be used: %s; choose auto, avx512, avx2 or scalar", name, reason
+    );
   }
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "isa() -> str\n\nThe instruction set that the CPU kernels use now."},
-    {"select_isa",
-     select_isa,
-     METH_VARARGS,
+    {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name)\n\nUse 'avx512', 'avx2', 'scalar' or 'auto' (the best); ValueError if it cannot be used."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of fastpeft.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "CPU kernels of fastpeft.", -1, methods, nullptr, nullptr, nullptr, nullptr
+};
 
 }  // namespace
 

@@ -61,9 +61,13 @@ struct OwnedGroup {
 };
 
 // threshold and scale as philox.py has them.
-void fill(OwnedGroup* out, int64_t rank_rows, const std::vector<double>& scaling, double p, const std::optional<Tensor>& seed) {
+void fill(
+    OwnedGroup* out, int64_t rank_rows, const std::vector<double>& scaling, double p, const std::optional<Tensor>& seed
+) {
   const int64_t members = static_cast<int64_t>(scaling.size());
-  STD_TORCH_CHECK(members > 0 && rank_rows % members == 0, "A has ", rank_rows, " rows, not a multiple of ", members, " members");
+  STD_TORCH_CHECK(
+      members > 0 && rank_rows % members == 0, "A has ", rank_rows, " rows, not a multiple of ", members, " members"
+  );
   STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout probability must be between 0 and 1, got ", p);
   const double threshold = std::nearbyint(p * 65536);
   const bool masked = seed.has_value();
@@ -71,7 +75,10 @@ void fill(OwnedGroup* out, int64_t rank_rows, const std::vector<double>& scaling
   for (const double c : scaling) out->scale.push_back(static_cast<float>(c * kept));
   uint64_t value = 0;
   if (masked) {
-    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(), "seed must be one int64 on the CPU");
+    STD_TORCH_CHECK(
+        seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(),
+        "seed must be one int64 on the CPU"
+    );
     value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
   }
   out->group = {members, rank_rows / members, out->scale.data(), {masked, value, static_cast<uint32_t>(threshold)}};
@@ -90,7 +97,13 @@ void call_reference(const char* name, std::array<StableIValue, N>& stack) {
 
 Tensor taken(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
 
-Tensor lora_shrink(const Tensor& x_in, const Tensor& a_in, const std::vector<double>& scaling, double p, const std::optional<Tensor>& seed) {
+Tensor lora_shrink(
+    const Tensor& x_in,
+    const Tensor& a_in,
+    const std::vector<double>& scaling,
+    double p,
+    const std::optional<Tensor>& seed
+) {
   if (!have_kernels({&x_in, &a_in})) {
     auto stack = boxed(x_in, a_in, scaling, p, seed);
     call_reference("fastpeft_reference::lora_shrink", stack);
@@ -120,8 +133,14 @@ void lora_expand_(const Tensor& y, const Tensor& s_in, const Tensor& b_in, const
     STD_TORCH_CHECK(n >= 0, "splits must not be negative");
     total += n;
   }
-  STD_TORCH_CHECK(total == bm.rows && total == ym.columns, "splits sum to ", total, ", B has ", bm.rows, " rows and y ", ym.columns, " columns");
-  STD_TORCH_CHECK(sm.columns == members * bm.columns && sm.rows == ym.rows, "s is (", sm.rows, ", ", sm.columns, "), expected (", ym.rows, ", ", members * bm.columns, ")");
+  STD_TORCH_CHECK(
+      total == bm.rows && total == ym.columns, "splits sum to ", total, ", B has ", bm.rows, " rows and y ", ym.columns,
+      " columns"
+  );
+  STD_TORCH_CHECK(
+      sm.columns == members * bm.columns && sm.rows == ym.rows, "s is (", sm.rows, ", ", sm.columns, "), expected (",
+      ym.rows, ", ", members * bm.columns, ")"
+  );
   fastpeft::kernels().expand(ym, sm, bm, splits.data(), members, run_parallel);
 }
 
@@ -147,7 +166,8 @@ Tensor lora_shrink_backward(
     const std::vector<double>& scaling,
     double p,
     const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& dx) {
+    const std::optional<Tensor>& dx
+) {
   if (!have_kernels({&ds_in, &x_in, &a_in}) || (dx.has_value() && !has_kernel(*dx))) {
     auto stack = boxed(ds_in, x_in, a_in, scaling, p, seed, dx);
     call_reference("fastpeft_reference::lora_shrink_backward", stack);
@@ -174,16 +194,25 @@ Tensor lora_shrink_backward(
 Tensor checked_indices(const Tensor& indices, int64_t vocabulary) {
   STD_TORCH_CHECK(indices.dim() == 1, "indices must be one-dimensional");
   const Tensor t = torch::stable::contiguous(
-      indices.scalar_type() == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
+      indices.scalar_type() == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long)
+  );
   const int64_t* p = static_cast<const int64_t*>(t.data_ptr());
   for (int64_t i = 0; i < t.numel(); ++i) {
-    STD_TORCH_CHECK(p[i] >= 0 && p[i] < vocabulary, "index ", p[i], " is out of range for an embedding of ", vocabulary, " rows");
+    STD_TORCH_CHECK(
+        p[i] >= 0 && p[i] < vocabulary, "index ", p[i], " is out of range for an embedding of ", vocabulary, " rows"
+    );
   }
   return t;
 }
 
 Tensor lora_embedding(
-    const Tensor& indices_in, const Tensor& weight_in, const Tensor& a_in, const Tensor& b_in, double scaling, int64_t padding_idx) {
+    const Tensor& indices_in,
+    const Tensor& weight_in,
+    const Tensor& a_in,
+    const Tensor& b_in,
+    double scaling,
+    int64_t padding_idx
+) {
   if (!have_kernels({&weight_in, &a_in, &b_in})) {
     auto stack = boxed(indices_in, weight_in, a_in, b_in, scaling, padding_idx);
     call_reference("fastpeft_reference::lora_embedding", stack);
@@ -191,16 +220,27 @@ Tensor lora_embedding(
   }
   const Tensor weight = readable(weight_in), a = readable(a_in), b = readable(b_in);
   const Matrix wm = matrix(weight, "weight"), am = matrix(a, "A"), bm = matrix(b, "B");
-  STD_TORCH_CHECK(am.columns == wm.rows && bm.rows == wm.columns && am.rows == bm.columns, "A must be (r, V) and B (D, r) for a weight (V, D)");
+  STD_TORCH_CHECK(
+      am.columns == wm.rows && bm.rows == wm.columns && am.rows == bm.columns,
+      "A must be (r, V) and B (D, r) for a weight (V, D)"
+  );
   const Tensor indices = checked_indices(indices_in, wm.rows);
   const Tensor y = like(weight, indices.numel(), wm.columns);
   fastpeft::kernels().embedding(
-      static_cast<const int64_t*>(indices.data_ptr()), wm, am, bm, static_cast<float>(scaling), matrix(y, "y"), run_parallel);
+      static_cast<const int64_t*>(indices.data_ptr()), wm, am, bm, static_cast<float>(scaling), matrix(y, "y"),
+      run_parallel
+  );
   return y;
 }
 
 std::tuple<Tensor, Tensor> lora_embedding_backward(
-    const Tensor& dy_in, const Tensor& indices_in, const Tensor& a_in, const Tensor& b_in, double scaling, int64_t padding_idx) {
+    const Tensor& dy_in,
+    const Tensor& indices_in,
+    const Tensor& a_in,
+    const Tensor& b_in,
+    double scaling,
+    int64_t padding_idx
+) {
   if (!have_kernels({&dy_in, &a_in, &b_in})) {
     auto stack = boxed(dy_in, indices_in, a_in, b_in, scaling, padding_idx);
     call_reference("fastpeft_reference::lora_embedding_backward", stack);
@@ -210,18 +250,14 @@ std::tuple<Tensor, Tensor> lora_embedding_backward(
   const Matrix dym = matrix(dy, "dy"), am = matrix(a, "A"), bm = matrix(b, "B");
   const Tensor indices = checked_indices(indices_in, am.columns);
   STD_TORCH_CHECK(
-      dym.columns == bm.rows && am.rows == bm.columns && indices.numel() == dym.rows, "dy must be (M, D), A (r, V) and B (D, r) for M indices");
+      dym.columns == bm.rows && am.rows == bm.columns && indices.numel() == dym.rows,
+      "dy must be (M, D), A (r, V) and B (D, r) for M indices"
+  );
   const Tensor da = like(a, am.rows, am.columns), db = like(b, bm.rows, bm.columns);
   fastpeft::kernels().embedding_backward(
-      dym,
-      static_cast<const int64_t*>(indices.data_ptr()),
-      am,
-      bm,
-      static_cast<float>(scaling),
-      padding_idx,
-      matrix(da, "dA"),
-      matrix(db, "dB"),
-      run_parallel);
+      dym, static_cast<const int64_t*>(indices.data_ptr()), am, bm, static_cast<float>(scaling), padding_idx,
+      matrix(da, "dA"), matrix(db, "dB"), run_parallel
+  );
   return {da, db};
 }
 

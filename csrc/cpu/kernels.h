@@ -1,5 +1,5 @@
-// What the kernels of one instruction set offer, as plain data: every translation unit below csrc/cpu is compiled for its
-// own instruction set, so nothing here may be an inline function that a linker could share between them.
+// What the kernels of one instruction set offer, as plain data: every translation unit below csrc/cpu is compiled for
+// its own instruction set, so nothing here may be an inline function that a linker could share between them.
 #pragma once
 
 #include <cstdint>
@@ -36,9 +36,11 @@ struct Kernels {
   const char* name;
   void (*shrink)(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor parallel);
   void (*expand)(
-      const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor parallel);
+      const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor parallel
+  );
   void (*expand_backward)(
-      const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, const Matrix& db, ParallelFor parallel);
+      const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, const Matrix& db, ParallelFor parallel
+  );
   // dx.data may be null.
   void (*shrink_backward)(
       const Matrix& ds,
@@ -47,7 +49,8 @@ struct Kernels {
       const Group& group,
       const Matrix& dx,
       const Matrix& da,
-      ParallelFor parallel);
+      ParallelFor parallel
+  );
   void (*embedding)(
       const int64_t* indices,
       const Matrix& weight,
@@ -55,7 +58,8 @@ struct Kernels {
       const Matrix& b,
       float scaling,
       const Matrix& y,
-      ParallelFor parallel);
+      ParallelFor parallel
+  );
   void (*embedding_backward)(
       const Matrix& dy,
       const int64_t* indices,
@@ -65,7 +69,8 @@ struct Kernels {
       int64_t padding_idx,
       const Matrix& da,
       const Matrix& db,
-      ParallelFor parallel);
+      ParallelFor parallel
+  );
 };
 
 extern const Kernels kernels_scalar;

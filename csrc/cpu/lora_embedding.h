@@ -8,7 +8,8 @@ namespace FASTPEFT_ISA {
 
 // to[i, j] = scaling * a[j, indices[i]]
 static void gather_columns(
-    const Matrix& a, const int64_t* indices, int64_t rows, float scaling, float* to, int64_t to_stride) {
+    const Matrix& a, const int64_t* indices, int64_t rows, float scaling, float* to, int64_t to_stride
+) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < a.rows; ++j) to[i * to_stride + j] = scaling * element(a, j, indices[i]);
   }
@@ -21,7 +22,8 @@ static void embedding(
     const Matrix& b,
     float scaling,
     const Matrix& y,
-    ParallelFor run) {
+    ParallelFor run
+) {
   constexpr int64_t ROWS = 48;
   const int64_t r = a.rows, n = y.columns, wide = round_up(n, W);
   Buffer packed(r * wide);  // b^T
@@ -58,7 +60,8 @@ static void embedding_backward(
     int64_t padding_idx,
     const Matrix& da,
     const Matrix& db,
-    ParallelFor run) {
+    ParallelFor run
+) {
   const int64_t m = dy.rows, r = a.rows, vocabulary = a.columns;
   Buffer s(m * r), ds(m * r);
   parallel(run, m, 256, [&](int64_t begin, int64_t end) {

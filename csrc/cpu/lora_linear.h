@@ -44,7 +44,10 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
                 mask_panel(&panel, group.mask, uint32_t(g), column + c);
                 mask_rows(panel, row, rows, bits);
               }
-              stage(x, row, rows, column + c, smaller(PANEL, columns - c), masked ? bits : nullptr, false, scratch.data + c, PIECE);
+              stage(
+                  x, row, rows, column + c, smaller(PANEL, columns - c), masked ? bits : nullptr, false,
+                  scratch.data + c, PIECE
+              );
             }
             const float* b = packed.data + (g * k + column) * wide;
             product(rows, wide, columns, scratch.data, PIECE, 1, b, wide, sums + g * wide, members * wide, column > 0);
@@ -61,7 +64,8 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
 
 // y += s b^T by members. A task is a block of rows.
 static void expand(
-    const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor run) {
+    const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor run
+) {
   constexpr int64_t ROWS = 48;
   const int64_t r = b.columns, s_row = round_up(members * r, W);
   int64_t panels = 0;
@@ -112,10 +116,18 @@ static View padded_rows(const Matrix& m, float* scratch, int64_t wide, ParallelF
   return {scratch, wide};
 }
 
-// ds = ds_scale * dy b and db = db_scale * dy^T s in one pass over dy. A task is a block of rows: its ds is done, its part
-// of db goes to a workspace whose parts are added in their order afterwards.
+// ds = ds_scale * dy b and db = db_scale * dy^T s in one pass over dy. A task is a block of rows: its ds is done, its
+// part of db goes to a workspace whose parts are added in their order afterwards.
 static void expand_backward_scaled(
-    const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, float ds_scale, const Matrix& db, float db_scale, ParallelFor run) {
+    const Matrix& dy,
+    const Matrix& s,
+    const Matrix& b,
+    const Matrix& ds,
+    float ds_scale,
+    const Matrix& db,
+    float db_scale,
+    ParallelFor run
+) {
   // At most 64 parts, so that the workspace stays small beside dy.
   const int64_t ROWS = dy.rows <= 64 * 128 ? 128 : round_up((dy.rows + 63) / 64, 16);
   const int64_t m = dy.rows, n = dy.columns, r = b.columns, wide = round_up(r, W), blocks = (m + ROWS - 1) / ROWS;
@@ -132,8 +144,13 @@ static void expand_backward_scaled(
       for (int64_t column = 0; column < n; column += PANEL) {
         const int64_t columns = smaller(PANEL, n - column);
         const View v = stage(dy, row, rows, column, columns, nullptr, true, scratch.data, PANEL);
-        product(rows, wide, columns, v.data, v.stride, 1, b_rows.data + column * b_rows.stride, b_rows.stride, sums, wide, column > 0);
-        product(columns, wide, rows, v.data, 1, v.stride, s_rows.data, s_rows.stride, part + column * wide, wide, false);
+        product(
+            rows, wide, columns, v.data, v.stride, 1, b_rows.data + column * b_rows.stride, b_rows.stride, sums, wide,
+            column > 0
+        );
+        product(
+            columns, wide, rows, v.data, 1, v.stride, s_rows.data, s_rows.stride, part + column * wide, wide, false
+        );
       }
       unstage<false>(ds, row, rows, 0, r, sums, wide, ds_scale);
     }
@@ -152,7 +169,8 @@ static void expand_backward_scaled(
 }
 
 static void expand_backward(
-    const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, const Matrix& db, ParallelFor run) {
+    const Matrix& dy, const Matrix& s, const Matrix& b, const Matrix& ds, const Matrix& db, ParallelFor run
+) {
   expand_backward_scaled(dy, s, b, ds, 1.0f, db, 1.0f, run);
 }
 
@@ -166,10 +184,17 @@ static void add_kept(float* to, const float* from, int64_t rows, const uint8_t* 
   }
 }
 
-// da = scale * ds^T (mask * x) and dx += scale * mask * (ds a), one pass over x and dx, each mask formed once. A task is a
-// panel of columns and a block of rows; with several blocks their parts of da are added in their order afterwards.
+// da = scale * ds^T (mask * x) and dx += scale * mask * (ds a), one pass over x and dx, each mask formed once. A task
+// is a panel of columns and a block of rows; with several blocks their parts of da are added in their order afterwards.
 static void shrink_backward(
-    const Matrix& ds, const Matrix& x, const Matrix& a, const Group& group, const Matrix& dx, const Matrix& da, ParallelFor run) {
+    const Matrix& ds,
+    const Matrix& x,
+    const Matrix& a,
+    const Group& group,
+    const Matrix& dx,
+    const Matrix& da,
+    ParallelFor run
+) {
   constexpr int64_t PART = 36;
   const int64_t ROWS = x.rows <= 64 * 288 ? 288 : round_up((x.rows + 63) / 64, PART);
   const int64_t m = x.rows, k = x.columns, r = group.rank, total_rank = r * group.members;
@@ -193,7 +218,8 @@ static void shrink_backward(
     uint8_t bits[PART * PANEL_BLOCKS];
     MaskPanel mask;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task % panels, block = task / panels, column = panel * PANEL, columns = smaller(PANEL, k - column);
+      const int64_t panel = task % panels, block = task / panels, column = panel * PANEL,
+                    columns = smaller(PANEL, k - column);
       const int64_t first = block * ROWS, last = smaller(first + ROWS, m), wide = round_up(columns, W);
       float* sums = parts.data + task * total_rank * PANEL;
       const View a_rows = stage(a, 0, total_rank, column, columns, nullptr, columns == PANEL, a_panel, PANEL);
@@ -210,7 +236,10 @@ static void shrink_backward(
           if (dx.data == nullptr) continue;
           const bool direct = !masked && dx.dtype == DType::f32 && columns == PANEL;
           float* to = direct ? static_cast<float*>(dx.data) + row * dx.stride + column : rim;
-          product(rows, wide, each, d + g * r, ds_row, 1, a_rows.data + g * r * a_rows.stride, a_rows.stride, to, direct ? dx.stride : PANEL, direct);
+          product(
+              rows, wide, each, d + g * r, ds_row, 1, a_rows.data + g * r * a_rows.stride, a_rows.stride, to,
+              direct ? dx.stride : PANEL, direct
+          );
           if (masked) add_kept(rim_sum, rim, rows, bits, g == 0);
         }
         if (dx.data != nullptr && (masked || dx.dtype != DType::f32 || columns < PANEL)) {

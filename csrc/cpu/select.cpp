@@ -14,9 +14,8 @@ struct Candidate {
 #if defined(__x86_64__)
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 const Candidate candidates[] = {
-    {&kernels_avx512,
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl")},
+    {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
     {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
     {&kernels_scalar, true},
 };

@@ -26,8 +26,10 @@ struct Buffer {
 
 template <typename F>
 static void parallel(ParallelFor run, int64_t n, int64_t grain, const F& body) {
-  run(n, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  run(
+      n, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body))
+  );
 }
 
 // A read-only fp32 matrix.
@@ -37,11 +39,13 @@ struct View {
 };
 
 template <typename T>
-static void decode(const T* from, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits, float* to, int64_t to_stride) {
+static void decode(
+    const T* from, int64_t stride, int64_t rows, int64_t columns, const uint8_t* bits, float* to, int64_t to_stride
+) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* p = from + i * stride;
     float* q = to + i * to_stride;
-    const uint8_t* b = bits + i * PANEL_BLOCKS;
+    const uint8_t* b = bits == nullptr ? nullptr : bits + i * PANEL_BLOCKS;
     int64_t j = 0;
     for (; j + W <= columns; j += W) {
       const Vec v = load(p + j);
@@ -65,7 +69,8 @@ static View stage(
     const uint8_t* bits,
     bool in_place,
     float* scratch,
-    int64_t scratch_stride) {
+    int64_t scratch_stride
+) {
   const int64_t at = row * m.stride + column;
   switch (m.dtype) {
     case DType::f32: {
@@ -85,7 +90,9 @@ static View stage(
 }
 
 template <typename T, bool ADD>
-static void encode(T* to, int64_t stride, int64_t rows, int64_t columns, const float* from, int64_t from_stride, float scale) {
+static void encode(
+    T* to, int64_t stride, int64_t rows, int64_t columns, const float* from, int64_t from_stride, float scale
+) {
   const Vec c = set(scale);
   for (int64_t i = 0; i < rows; ++i) {
     T* p = to + i * stride;
@@ -103,7 +110,15 @@ static void encode(T* to, int64_t stride, int64_t rows, int64_t columns, const f
 // m[…] = scale * from (ADD: += ), rounded once.
 template <bool ADD>
 static void unstage(
-    const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* from, int64_t from_stride, float scale) {
+    const Matrix& m,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t columns,
+    const float* from,
+    int64_t from_stride,
+    float scale
+) {
   const int64_t at = row * m.stride + column;
   switch (m.dtype) {
     case DType::f32:
@@ -130,7 +145,16 @@ static float element(const Matrix& m, int64_t row, int64_t column) {
 // c (MR x NV*W) = or += a (MR x k) b (k x NV*W), everything fp32. a[i, j] is at i*a_row + j*a_column.
 template <int MR, int NV>
 static void micro(
-    int64_t k, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add_to) {
+    int64_t k,
+    const float* a,
+    int64_t a_row,
+    int64_t a_column,
+    const float* b,
+    int64_t b_row,
+    float* c,
+    int64_t c_row,
+    bool add_to
+) {
   Vec sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -157,7 +181,17 @@ static void micro(
 
 template <int MR, int NV>
 FASTPEFT_INLINE void strip(
-    int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add_to) {
+    int64_t m,
+    int64_t k,
+    const float* a,
+    int64_t a_row,
+    int64_t a_column,
+    const float* b,
+    int64_t b_row,
+    float* c,
+    int64_t c_row,
+    bool add_to
+) {
   int64_t i = 0;
   for (; i + MR <= m; i += MR) micro<MR, NV>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add_to);
   if (MR > 4) {
@@ -166,10 +200,21 @@ FASTPEFT_INLINE void strip(
   for (; i < m; ++i) micro<1, NV>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, add_to);
 }
 
-// c (m x n) = or += a (m x k) b (k x n) for n a multiple of W. The accumulators fill the registers: 32 of AVX-512, 16 of
-// the others, less those for a row of b.
+// c (m x n) = or += a (m x k) b (k x n) for n a multiple of W. The accumulators fill the registers: 32 of AVX-512, 16
+// of the others, less those for a row of b.
 static void product(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add_to) {
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const float* a,
+    int64_t a_row,
+    int64_t a_column,
+    const float* b,
+    int64_t b_row,
+    float* c,
+    int64_t c_row,
+    bool add_to
+) {
   while (n > 0) {
     int64_t done;
 #if defined(FASTPEFT_AVX512)
@@ -217,7 +262,8 @@ static void transpose(const T* from, int64_t stride, int64_t rows, int64_t colum
 
 // to[j, i] = m[row + i, column + j] in fp32.
 static void transpose(
-    const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t to_stride) {
+    const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns, float* to, int64_t to_stride
+) {
   const int64_t at = row * m.stride + column;
   switch (m.dtype) {
     case DType::f32:

@@ -1,5 +1,5 @@
-// Vec: W floats, on the instruction set FASTPEFT_ISA names. Loads and stores convert from and to bf16 and fp16 (round to
-// nearest even). AVX-512 needs F, BW, DQ and VL; AVX2 needs FMA and F16C; scalar needs nothing.
+// Vec: W floats, on the instruction set FASTPEFT_ISA names. Loads and stores convert from and to bf16 and fp16 (round
+// to nearest even). AVX-512 needs F, BW, DQ and VL; AVX2 needs FMA and F16C; scalar needs nothing.
 #pragma once
 
 #include <stdint.h>
