@@ -142,6 +142,18 @@ static float element(const Matrix& m, int64_t row, int64_t column) {
   }
 }
 
+FASTPEFT_INLINE int64_t element_size(const Matrix& m) { return m.dtype == DType::f32 ? 4 : 2; }
+
+// Asks for a tile that will be needed next: its rows are far apart, which the processor's own prefetcher does not
+// guess.
+static void prefetch(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const int64_t size = element_size(m), bytes = columns * size;
+  const char* p = static_cast<const char*>(m.data) + (row * m.stride + column) * size;
+  for (int64_t i = 0; i < rows; ++i, p += m.stride * size) {
+    for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(p + j, 0, 2);
+  }
+}
+
 // c (MR x NV*W) = or += a (MR x k) b (k x NV*W), everything fp32. a[i, j] is at i*a_row + j*a_column.
 template <int MR, int NV>
 static void micro(
@@ -159,7 +171,7 @@ static void micro(
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sum[i][v] = add_to ? load(c + i * c_row + v * W) : zero();
+    for (int v = 0; v < NV; ++v) sum[i][v] = zero();
   }
   for (int64_t j = 0; j < k; ++j, a += a_column, b += b_row) {
     Vec row[NV];
@@ -175,7 +187,10 @@ static void micro(
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(c + i * c_row + v * W, sum[i][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* to = c + i * c_row + v * W;
+      store(to, add_to ? add(load(to), sum[i][v]) : sum[i][v]);
+    }
   }
 }
 
@@ -215,6 +230,16 @@ static void product(
     int64_t c_row,
     bool add_to
 ) {
+  // Terms that one accumulator sums up. A longer sum is a sum of such runs: in one run over K = 1,792 the error against
+  // float64 was three times that of PyTorch's product, in runs of 256 it is below it.
+  constexpr int64_t RUN = 256;
+  if (k > RUN) {
+    for (int64_t j = 0; j < k; j += RUN) {
+      const float* panel = b + j * b_row;
+      product(m, n, smaller(RUN, k - j), a + j * a_column, a_row, a_column, panel, b_row, c, c_row, add_to || j > 0);
+    }
+    return;
+  }
   while (n > 0) {
     int64_t done;
 #if defined(FASTPEFT_AVX512)
