@@ -89,6 +89,22 @@ def peft(p: float) -> list[Row]:
     return rows(*forward, *backward)
 
 
+def peft_fp32(p: float) -> list[Row]:
+    """The same with PEFT's default of fp32 adapters over a 16-bit base, outside autocast: x, s Bᵀ and y in fp32."""
+    forward = [
+        ("y = x Wᵀ", 2.0), ("x to fp32", 3.0), ("x Aᵀ", 2.0), ("s Bᵀ", 2.0), ("· scaling", 4.0), ("y + rim", 5.0),
+        ("y to 16 bit", 3.0),
+    ]  # fmt: skip
+    backward = [
+        ("dy to fp32", 3.0), ("dy to 16 bit", 3.0), ("dy · scaling", 4.0), ("dB = dyᵀ s", 2.0), ("ds = dy B", 2.0),
+        ("dA = dsᵀ x", 2.0), ("ds A", 2.0), ("rim to 16 bit", 3.0), ("dx = dy W", 2.0), ("dx + rim", 3.0),
+    ]  # fmt: skip
+    if p:
+        forward.insert(2, ("dropout", 4.5))
+        backward.insert(7, ("dropout backward", 4.5))
+    return rows(*forward, *backward)
+
+
 def ours(call: Callable[[], object], elements: int, itemsize: int = 2) -> list[Row]:
     """The launches of `call`; big are the operands of `elements` elements that are no weight and no workspace."""
     with recording() as log:
@@ -101,10 +117,10 @@ def ours(call: Callable[[], object], elements: int, itemsize: int = 2) -> list[R
     return out
 
 
-def forms(tokens: int, width: int, rank: int, p: float) -> dict[str, list[Row]]:
+def forms(tokens: int, width: int, rank: int, p: float, adapter: torch.dtype) -> dict[str, list[Row]]:
     """The launches of each form."""
-    new = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16)  # noqa: E731
-    x, W, A, B, s = new(tokens, width), new(width, width), new(rank, width), new(width, rank), new(tokens, rank)
+    x, W = (torch.empty(rows, width, dtype=torch.bfloat16) for rows in (tokens, width))
+    A, B, s = (torch.empty(*shape, dtype=adapter) for shape in ((rank, width), (width, rank), (tokens, rank)))
     seed = torch.zeros(1, dtype=torch.int64) if p else None
     n, rest = x.numel(), ([2.0], p, seed)
     shrink = ours(lambda: lora_linear.lora_shrink(x, A, *rest), n)
@@ -123,6 +139,7 @@ def forms(tokens: int, width: int, rank: int, p: float) -> dict[str, list[Row]]:
     dA = dA_and_rim if p else dA_alone
     return {
         "PEFT, eager": peft(p),
+        "PEFT, eager, fp32 adapters": peft_fp32(p),
         "plain": [*shrink, *base, *expand, *expand_backward, *base_dx, *dA_and_rim],
         "bordered, x and dy copied": [
             *copy_x, *shrink, *bordered, *copy_dy, *expand_backward, *bordered_dx, *dA,
@@ -138,12 +155,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--fp32-adapters", action="store_true", help="adapters in fp32 in our forms too")
     parser.add_argument("--rows", action="store_true", help="every launch of every form")
     options = parser.parse_args()
+    adapter = torch.float32 if options.fp32_adapters else torch.bfloat16
     print("| form | dropout | passes over x, y, dy, dx | with s, ds, adapters, partial sums | launches |")
     print("|---|---|---|---|---|")
     for p in (0.0, 0.05):
-        for name, launches in forms(options.tokens, options.width, options.rank, p).items():
+        for name, launches in forms(options.tokens, options.width, options.rank, p, adapter).items():
             passes, units = (sum(row[i] for row in launches) for i in (1, 2))
             print(f"| {name} | {p:g} | {passes:g} | {units:.2f} | {len(launches)} |")
             if options.rows:
