@@ -210,6 +210,7 @@ HOMES: dict[str, str] = {
         ParamWrapper AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper check_adapters_to_merge""",
     "fastpeft.layers.buffers": "BufferDict",
     "fastpeft.layers.tokens": "TrainableTokensLayer",
+    "fastpeft.layers.block_diagonal": "BlockDiagonalLinear",
     "fastpeft.layers.base": "_get_in_out_features=in_out_features",
     "fastpeft.mapping": f"{_MAPPINGS} get_peft_model",
     "fastpeft.model": "PeftModel",
@@ -230,6 +231,7 @@ HOMES: dict[str, str] = {
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=LORA_TARGET_MODULES""",
     "fastpeft.tuner.conversion": "convert_peft_config_for_transformers=convert_config_for_transformers",
     "fastpeft.tuner.functional": "set_adapter set_requires_grad delete_adapter cast_adapter_dtype UPCAST_DTYPES",
+    "fastpeft.tuner.merging": "task_arithmetic magnitude_prune ties dare_linear dare_ties",
     "fastpeft.tuner.offload": "onload_layer=onload",
     "fastpeft.tuner.replicate": "clone_module replicate_layers",
     "fastpeft.tuner.targets": """check_target_module_exists inspect_matched_modules
