@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from ..configs import LoraConfig
 
 
+# Initialisations that take what they put into the adapter out of the base weights.
+_CHANGE_THE_BASE = {"pissa": "PiSSA", "corda": "CorDA", "olora": "OLoRA", "lora_ga": "LoRA-GA"}
+
+
 class LoraModel(BaseTuner):
     """A model with LoRA adapters; see `BaseTuner` for the arguments."""
 
@@ -35,6 +40,15 @@ class LoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)
+        others = [other for other in self.peft_config.values() if other is not config]
+        for method, title in _CHANGE_THE_BASE.items():
+            if others and any(str(c.init_lora_weights).lower().startswith(method) for c in (config, *others)):
+                warnings.warn(
+                    f"{title} changes the base weights of the model and should thus not be used with other adapters. "
+                    f"Consider converting the {title} adapter into a normal LoRA adapter: save it with "
+                    "`path_initial_model_for_weight_conversion`.",
+                    stacklevel=2,
+                )
         # the place in a nest of wrappers says which parameter a weight belongs to, so all adapters must nest alike
         for name, other in self.peft_config.items():
             if other is not config and (config.kasa_config is None) != (other.kasa_config is None):
