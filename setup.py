@@ -46,7 +46,7 @@ def extensions() -> list[Extension]:
             "reference backend). For the CPU kernels: `pip install torch`, then install again with --no-build-isolation"
         )
         return []
-    sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+    sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/*/*.cpp"))
     if not X86:
         sources = [s for s in sources if os.path.basename(s) not in ISA_FLAGS]
     return [

@@ -1,4 +1,4 @@
-// fastpeft._C: loading it registers the CPU kernels (ops.cpp); its functions say and choose the instruction set.
+// fastpeft._C: loading it registers the CPU kernels (bind/); its functions say and choose the instruction set.
 #include <Python.h>
 
 #include "cpu/select.h"

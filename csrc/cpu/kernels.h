@@ -32,8 +32,8 @@ struct Group {
 // Calls body(begin, end, context) for ranges that together are [0, n), in parallel.
 using ParallelFor = void (*)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
-struct Kernels {
-  const char* name;
+// One struct an operator, filled at the end of the header that has its kernels.
+struct LoraLinearKernels {
   void (*shrink)(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor parallel);
   void (*expand)(
       const Matrix& y, const Matrix& s, const Matrix& b, const int64_t* splits, int64_t members, ParallelFor parallel
@@ -51,7 +51,10 @@ struct Kernels {
       const Matrix& da,
       ParallelFor parallel
   );
-  void (*embedding)(
+};
+
+struct LoraEmbeddingKernels {
+  void (*forward)(
       const int64_t* indices,
       const Matrix& weight,
       const Matrix& a,
@@ -60,7 +63,7 @@ struct Kernels {
       const Matrix& y,
       ParallelFor parallel
   );
-  void (*embedding_backward)(
+  void (*backward)(
       const Matrix& dy,
       const int64_t* indices,
       const Matrix& a,
@@ -71,6 +74,12 @@ struct Kernels {
       const Matrix& db,
       ParallelFor parallel
   );
+};
+
+struct Kernels {
+  const char* name;
+  LoraLinearKernels lora_linear;
+  LoraEmbeddingKernels lora_embedding;
 };
 
 extern const Kernels kernels_scalar;

@@ -81,5 +81,7 @@ static void embedding_backward(
   });
 }
 
+constexpr LoraEmbeddingKernels lora_embedding_kernels = {embedding, embedding_backward};
+
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

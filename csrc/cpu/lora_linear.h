@@ -262,5 +262,7 @@ static void shrink_backward(
   });
 }
 
+constexpr LoraLinearKernels lora_linear_kernels = {shrink, expand, expand_backward, shrink_backward};
+
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

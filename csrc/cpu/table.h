@@ -11,9 +11,9 @@
 namespace fastpeft {
 
 const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
-    FASTPEFT_TEXT(FASTPEFT_ISA),      FASTPEFT_ISA::shrink,          FASTPEFT_ISA::expand,
-    FASTPEFT_ISA::expand_backward,    FASTPEFT_ISA::shrink_backward, FASTPEFT_ISA::embedding,
-    FASTPEFT_ISA::embedding_backward,
+    FASTPEFT_TEXT(FASTPEFT_ISA),
+    FASTPEFT_ISA::lora_linear_kernels,
+    FASTPEFT_ISA::lora_embedding_kernels,
 };
 
 }  // namespace fastpeft

@@ -1,0 +1,103 @@
+// What the operators of torch.ops.fastpeft.* for CPU tensors share, on LibTorch's stable ABI. The schemas are defined in
+// Python (fastpeft/ops); one file below this folder binds the kernels of one.
+//
+// The kernels take fp32, bf16 and fp16; anything else (float64 in gradcheck) goes to the reference implementation.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/select.h"
+
+namespace fastpeft {
+namespace bind {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool has_kernel(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline bool have_kernels(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (!has_kernel(*t)) return false;
+  }
+  return true;
+}
+
+inline Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as the other operands are");
+  STD_TORCH_CHECK(t.stride(1) == 1 || t.size(1) <= 1, name, " must have contiguous rows");
+  const ScalarType type = t.scalar_type();
+  const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), dtype};
+}
+
+// An operand that is only read may have any strides.
+inline Tensor readable(const Tensor& t) {
+  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor like(const Tensor& t, int64_t rows, int64_t columns) { return torch::stable::new_empty(t, {rows, columns}); }
+
+inline void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (n > 0) {
+    torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+  }
+}
+
+template <typename... Args>
+std::array<StableIValue, sizeof...(Args)> boxed(const Args&... args) {
+  return {torch::stable::detail::from(args)...};
+}
+
+// Runs the operator of the same name in Python's reference implementation.
+template <size_t N>
+void call_reference(const char* name, std::array<StableIValue, N>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+}
+
+inline Tensor taken(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
+
+struct OwnedGroup {
+  std::vector<float> scale;
+  fastpeft::Group group;
+};
+
+// threshold and scale as philox.py has them.
+inline void fill(
+    OwnedGroup* out, int64_t rank_rows, const std::vector<double>& scaling, double p, const std::optional<Tensor>& seed
+) {
+  const int64_t members = static_cast<int64_t>(scaling.size());
+  STD_TORCH_CHECK(
+      members > 0 && rank_rows % members == 0, "A has ", rank_rows, " rows, not a multiple of ", members, " members"
+  );
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout probability must be between 0 and 1, got ", p);
+  const double threshold = std::nearbyint(p * 65536);
+  const bool masked = seed.has_value();
+  const double kept = !masked ? 1 : threshold < 65536 ? 65536 / (65536 - threshold) : 0;
+  for (const double c : scaling) out->scale.push_back(static_cast<float>(c * kept));
+  uint64_t value = 0;
+  if (masked) {
+    STD_TORCH_CHECK(
+        seed->numel() == 1 && seed->scalar_type() == ScalarType::Long && seed->is_cpu(),
+        "seed must be one int64 on the CPU"
+    );
+    value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->data_ptr()));
+  }
+  out->group = {members, rank_rows / members, out->scale.data(), {masked, value, static_cast<uint32_t>(threshold)}};
+}
+
+}  // namespace bind
+}  // namespace fastpeft
