@@ -7,10 +7,11 @@ kernels. It imports neither triton nor transformers nor peft.
 from __future__ import annotations
 
 from .backend import initialise
+from .glu import glu
 from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear
 from .lora_linear_group import lora_linear_group
 
-__all__ = ["lora_embedding", "lora_linear", "lora_linear_group"]
+__all__ = ["glu", "lora_embedding", "lora_linear", "lora_linear_group"]
 
 initialise()

@@ -52,5 +52,5 @@ def fused_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the autograd.Function even for the tiny inputs of gradcheck."""
     import sys
 
-    for name in ("lora_linear", "lora_linear_group"):  # the package has functions of the same names
+    for name in ("glu", "lora_linear", "lora_linear_group"):  # the package has functions of the same names
         monkeypatch.setattr(sys.modules[f"fastpeft.ops.{name}"], "NATIVE_ELEMENTS", -1)
