@@ -322,8 +322,8 @@ _METADATA: set[Callable[..., Any]] = {
         getattr(Tensor, name)
         for name in (
             "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous",
-            "element_size", "is_floating_point", "is_complex", "is_signed", "is_inference", "get_device", "is_same_size",
-            "__len__",
+            "element_size", "is_floating_point", "is_complex", "is_signed", "is_inference", "get_device",
+            "is_same_size", "__len__",
         )
     ),
     torch.numel,
