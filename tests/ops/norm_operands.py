@@ -1,0 +1,88 @@
+"""What the tests of the two norms share: operands drawn by hypothesis, results against float64, PyTorch's own norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+
+
+@st.composite
+def norm_cases(draw: st.DrawFn) -> dict[str, Any]:
+    """Operands of every operator of a norm, drawn from a seed; the matrices are column blocks of wider ones."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    rows, k = draw(st.integers(0, 90)), draw(st.integers(1, 200))
+    dtype, members, rank = draw(st.sampled_from(FLOATS)), draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    parameter, out = draw(st.sampled_from((dtype, torch.float32))), draw(st.sampled_from((dtype, torch.float32)))
+    adapter, p = draw(st.sampled_from((dtype, torch.float32))), draw(st.sampled_from((0.0, 0.05, 0.6)))
+    gap = draw(st.integers(0, 9))
+
+    def block(columns: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(rows, columns + gap)).to(dtype)[:, :columns]
+
+    spread = draw(st.sampled_from((1.0, 0.05, 30.0)))
+    return {
+        "x": block(k, dtype, spread),
+        "residual": block(k, dtype, spread),
+        "dy": block(k, out),
+        "d_h": block(k, dtype),
+        "ds": block(members * rank, adapter),
+        "weight": torch.randn(k).to(parameter) if draw(st.booleans()) else None,
+        "bias": torch.randn(k).to(parameter) if draw(st.booleans()) else None,
+        "A": (torch.randn(members * rank, k) / k**0.5).to(adapter),
+        "offset": draw(st.sampled_from((0.0, 1.0))),
+        "scaling": [draw(st.floats(0.1, 4.0)) for _ in range(members)],
+        "p": p,
+        "seed": torch.randint(2**63 - 1, (1,)) if p else None,
+        "out": out,
+    }
+
+
+def exactly(case: dict[str, Any]) -> dict[str, Any]:
+    """The same operands in float64, every result too."""
+    wide = {key: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for key, t in case.items()}
+    return wide | {"out": torch.float64}
+
+
+def compare(no_worse: Callable[..., None], ours: Any, torchs: Any, exact: Any) -> None:
+    """Each result against PyTorch's in the same dtype and in float64."""
+    for o, t, e in zip(ours, torchs, exact, strict=True):
+        assert o.shape == t.shape == e.shape
+        no_worse(o, t, e)
+
+
+def results(function: Callable[..., Any], *operands: Tensor | None) -> list[Tensor]:
+    """Outputs and gradients of what requires one, for fixed output gradients."""
+    outputs = function(*operands)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator(outputs[0].device).manual_seed(2)
+    grads = [torch.randn(y.shape, device=y.device, generator=generator).to(y.dtype) for y in outputs]
+    wanted = [t for t in operands if t is not None and t.requires_grad]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, grads)]
+
+
+def doubles(*operands: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in operands]
+
+
+def kept_bytes(call: Callable[[], Any], *owned: Tensor | None) -> int:
+    """Bytes that autograd keeps of `call`, those of `owned` left out."""
+    known = {t.untyped_storage().data_ptr() for t in owned if t is not None}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        alive = call()
+    assert alive is not None
+    return sum(kept.values())
