@@ -62,10 +62,14 @@ std::array<StableIValue, sizeof...(Args)> boxed(const Args&... args) {
   return {torch::stable::detail::from(args)...};
 }
 
-// Runs the operator of the same name in Python's reference implementation.
+// Runs the operator of the same name in Python's reference implementation. (STABLE_TORCH_ERROR_CODE_CHECK would come
+// with torch 2.13 only.)
 template <size_t N>
 void call_reference(const char* name, std::array<StableIValue, N>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STD_TORCH_CHECK(
+      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS, name,
+      " failed on these operands"
+  );
 }
 
 inline Tensor taken(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }

@@ -7,9 +7,9 @@
 namespace fastpeft {
 namespace FASTPEFT_ISA {
 
-// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 in pieces of two panels.
+// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 by panels.
 static void shrink(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run) {
-  constexpr int64_t ROWS = 24, PIECE = 2 * PANEL;
+  constexpr int64_t ROWS = 24;
   const int64_t k = x.columns, r = group.rank;
   const bool masked = group.mask.on;
   // Members that share x unmasked are one wide member.
@@ -25,8 +25,8 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
     }
   });
   parallel(run, (x.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
-    Buffer scratch(ROWS * PIECE + ROWS * members * wide);
-    float* sums = scratch.data + ROWS * PIECE;
+    Buffer scratch(ROWS * (PANEL + members * wide));
+    float* sums = scratch.data + ROWS * PANEL;
     uint8_t bits[ROWS * PANEL_BLOCKS];
     MaskPanel panel;
     for (int64_t task = begin; task < end; ++task) {
@@ -36,21 +36,18 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
         const View v = stage(x, row, rows, 0, k, nullptr, true, nullptr, 0);
         product(rows, wide, k, v.data, v.stride, 1, packed.data, wide, sums, wide, false);
       } else {
-        for (int64_t column = 0; column < k; column += PIECE) {
-          const int64_t columns = smaller(PIECE, k - column);
+        const int64_t next_rows = smaller(ROWS, x.rows - row - rows);
+        for (int64_t column = 0; column < k; column += PANEL) {
+          const int64_t columns = smaller(PANEL, k - column);
+          prefetch(x, row + rows, next_rows, column, columns);
           for (int64_t g = 0; g < members; ++g) {
-            for (int64_t c = 0; c < columns; c += PANEL) {
-              if (masked) {
-                mask_panel(&panel, group.mask, uint32_t(g), column + c);
-                mask_rows(panel, row, rows, bits);
-              }
-              stage(
-                  x, row, rows, column + c, smaller(PANEL, columns - c), masked ? bits : nullptr, false,
-                  scratch.data + c, PIECE
-              );
+            if (masked) {
+              mask_panel(&panel, group.mask, uint32_t(g), column);
+              mask_rows(panel, row, rows, bits);
             }
+            stage(x, row, rows, column, columns, masked ? bits : nullptr, false, scratch.data, PANEL);
             const float* b = packed.data + (g * k + column) * wide;
-            product(rows, wide, columns, scratch.data, PIECE, 1, b, wide, sums + g * wide, members * wide, column > 0);
+            product(rows, wide, columns, scratch.data, PANEL, 1, b, wide, sums + g * wide, members * wide, column > 0);
           }
         }
       }
@@ -95,6 +92,11 @@ static void expand(
       for (int64_t i = 0; i < panels; ++i) {
         const Panel& p = list[i];
         const float *from = v.data + p.member * r, *bt = packed.data + i * r * PANEL;
+        if (i + 1 < panels) {
+          prefetch(y, row, rows, list[i + 1].column, list[i + 1].columns);
+        } else {
+          prefetch(y, row + rows, smaller(ROWS, y.rows - row - rows), list[0].column, list[0].columns);
+        }
         if (y.dtype == DType::f32 && p.columns % W == 0) {
           float* to = static_cast<float*>(y.data) + row * y.stride + p.column;
           product(rows, p.columns, r, from, v.stride, 1, bt, PANEL, to, y.stride, true);
