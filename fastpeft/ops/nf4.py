@@ -66,7 +66,10 @@ class Weight4bit(NamedTuple):
     def device(self) -> torch.device:
         return self.packed.device
 
-    requires_grad = False  # it cannot be trained
+    @property
+    def requires_grad(self) -> bool:
+        """False: it cannot be trained."""
+        return False
 
     def to(self, dtype: torch.dtype) -> Weight4bit:
         """The same weight, its products made in `dtype` (as autocast asks)."""
