@@ -9,11 +9,20 @@ from __future__ import annotations
 from .backend import initialise
 from .glu import glu
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear
 from .lora_linear_group import lora_linear_group
 from .rms_norm import rms_norm
 
-__all__ = ["glu", "layer_norm", "lora_embedding", "lora_linear", "lora_linear_group", "rms_norm"]
+__all__ = [
+    "glu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_embedding",
+    "lora_linear",
+    "lora_linear_group",
+    "rms_norm",
+]
 
 initialise()
