@@ -76,10 +76,73 @@ struct LoraEmbeddingKernels {
   );
 };
 
+struct WeightNormKernels {
+  // transposed: the rows of W are the columns of w.
+  void (*norm)(
+      const Matrix& w, bool transposed, const Matrix& a, const Matrix& b, double scaling, float* out, ParallelFor parallel
+  );
+};
+
+// bias.data may be null. gain holds N floats.
+struct DoraLinearKernels {
+  void (*expand)(
+      const Matrix& y, const Matrix& s, const Matrix& b, const float* gain, const Matrix& bias, ParallelFor parallel
+  );
+  // y.data may be null (then `sums` is not written), and dt.data.
+  void (*expand_backward)(
+      const Matrix& dy,
+      const Matrix& y,
+      const Matrix& bias,
+      const Matrix& s,
+      const Matrix& b,
+      const float* gain,
+      const float* out_gain,
+      const Matrix& dt,
+      const Matrix& ds,
+      const Matrix& db,
+      float* sums,
+      ParallelFor parallel
+  );
+  void (*mix)(
+      const Matrix& y,
+      const Matrix& u,
+      const Matrix& s,
+      const Matrix& b,
+      const float* gain,
+      const Matrix& bias,
+      ParallelFor parallel
+  );
+  void (*drop)(
+      const Matrix& y,
+      const Matrix& x,
+      const Matrix& w,
+      const Matrix& s,
+      const Matrix& b,
+      const float* gain,
+      const Matrix& bias,
+      const Mask& mask,
+      int64_t member,
+      float kept,
+      const Matrix& t,
+      ParallelFor parallel
+  );
+  void (*drop_backward)(
+      const Matrix& dx,
+      const Matrix& dy,
+      const Matrix& w,
+      const float* gain,
+      const Mask& mask,
+      int64_t member,
+      ParallelFor parallel
+  );
+};
+
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
   LoraEmbeddingKernels lora_embedding;
+  WeightNormKernels weight_norm;
+  DoraLinearKernels dora_linear;
 };
 
 extern const Kernels kernels_scalar;

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: included last by the translation unit that was compiled for it.
 #pragma once
 
+#include "dora_linear.h"
 #include "lora_embedding.h"
 
 #define FASTPEFT_JOIN_(a, b) a##b
@@ -14,6 +15,8 @@ const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_TEXT(FASTPEFT_ISA),
     FASTPEFT_ISA::lora_linear_kernels,
     FASTPEFT_ISA::lora_embedding_kernels,
+    FASTPEFT_ISA::weight_norm_kernels,
+    FASTPEFT_ISA::dora_linear_kernels,
 };
 
 }  // namespace fastpeft

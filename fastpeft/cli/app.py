@@ -67,6 +67,13 @@ class Baseline(str, enum.Enum):
     none = "none"
 
 
+class Method(str, enum.Enum):
+    """The adapters that `bench` can compare."""
+
+    lora = "lora"
+    dora = "dora"
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """A user's mistake becomes one sentence on stderr and exit code 2; Ctrl-C exit code 130."""
@@ -247,6 +254,7 @@ def bench(
     baseline: Annotated[
         Baseline, Option(help="peft: the real one; eager: our layers in plain PyTorch; none.")
     ] = Baseline.peft,
+    method: Annotated[Method, Option(help="The adapter.")] = Method.lora,
     out: Annotated[Path, Option(help="Folder for bench.json and bench.png.")] = Path("fastpeft-bench"),
     layers: Annotated[int | None, Option(min=1, help="Only the first layers.")] = None,
     batch: Annotated[int, Option(min=1, help="Rows a step.")] = 2,

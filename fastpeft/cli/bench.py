@@ -147,6 +147,9 @@ def _ratio(ours: float, theirs: float) -> float | None:
     return ours / theirs if theirs else None
 
 
+_METHODS = {"lora": "LoRA", "dora": "DoRA"}
+
+
 def _show(report: dict[str, Any]) -> None:
     options, results = report["options"], report["contenders"]
     dropout = f", dropout {options['dropout']:g}" if options["dropout"] else ""
@@ -156,7 +159,7 @@ def _show(report: dict[str, Any]) -> None:
         box=box.ROUNDED,
         border_style="faint",
         title=f"[bold]{escape(report['model'])}[/bold]  [faint]{report['layers']} layers, {weights} parameters",
-        caption=f"LoRA r={options['r']} on {escape(options['target_modules'])}{dropout}, "
+        caption=f"{_METHODS[options['method']]} r={options['r']} on {escape(options['target_modules'])}{dropout}, "
         f"{options['batch']} × {options['seq']} tokens, {report['dtype']}, "
         f"{report['device']}{threads}; medians of {options['steps']} interleaved steps",
     )
@@ -222,7 +225,7 @@ def _draw(options: BenchOptions, report: dict[str, Any]) -> None:
 
     title = (
         f"{report['model']}, {report['layers']} layers, batch {options.batch} × {options.seq}, {report['dtype']}, "
-        f"r={options.r}, dropout {options.dropout:g}, {report['device']}"
+        f"{_METHODS[options.method]} r={options.r}, dropout {options.dropout:g}, {report['device']}"
     )
     written = str(options.out / "bench.json")
     if comparison(options.out / "bench.png", report["contenders"], title):

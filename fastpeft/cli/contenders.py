@@ -34,6 +34,7 @@ class BenchOptions:
     model: str | None = None
     config: Path | None = None
     baseline: str = "peft"
+    method: str = "lora"
     out: Path = Path("fastpeft-bench")
     layers: int | None = None
     batch: int = 2
@@ -104,6 +105,7 @@ class Runner:
             "r": options.r,
             "lora_alpha": 2 * options.r,
             "lora_dropout": options.dropout,
+            "use_dora": options.method == "dora",
             "target_modules": target_modules(options.target_modules),
         }
         torch.manual_seed(options.seed)

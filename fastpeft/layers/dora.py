@@ -9,6 +9,9 @@ m starts as the norms of W, so that the adapter starts as nothing. With t the ou
 so DoRA costs LoRA, the norms (`ops.weight_norm`) and one pass over the output. With dropout the adapter *and* the base
 weight see dropout(x), as in PEFT: then t - bias is dropout(x) (W + c B A)ᵀ, a second product with W.
 
+A linear layer with one active adapter is `ops.dora_linear`. The rest (embeddings, convolutions, several adapters at
+once, hooks inside the layer) is here, in ordinary operators.
+
 A row is what makes one output: a row of a linear weight, an output channel of a convolution, a column (one feature of
 all tokens) of an embedding.
 """
@@ -54,7 +57,6 @@ class DoraLinear(LoraVariant):
         if weight.is_meta or factor.is_meta:
             norm = torch.empty(self._rows(layer, weight).shape[0], device="meta")
         else:
-            norms.forget(weight)
             norm = self._norm(layer, adapter_name, weight)
         dtype = torch.promote_types(weight.dtype, factor.dtype)
         layer.lora_magnitude_vector[adapter_name] = Magnitude(norm.to(dtype).view(self._magnitude_shape(layer)))

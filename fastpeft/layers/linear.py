@@ -18,6 +18,7 @@ from fastpeft.layers.mixed import mixed_linear
 from fastpeft.layers.plain import any_global_hook, bare, dropout_probability
 from fastpeft.layers.variants import LoraVariant
 from fastpeft.layers.velora import Velora
+from fastpeft.ops.dora_linear import dora_linear
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.products import MAX_RANK
 
@@ -69,11 +70,15 @@ class Linear(LoraLayer, nn.Module):
         if not args and not kwargs:
             operands = self._operands(x)
             if operands is not None:
-                return lora_linear(x, *operands)
+                weight, bias, A, B, scaling, p, magnitude = operands
+                if magnitude is None:
+                    return lora_linear(x, weight, bias, A, B, scaling, p)
+                return dora_linear(x, weight, bias, A, B, magnitude, scaling, p)
         return super().forward(x, *args, **kwargs)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float] | None:
-        """The operands of `lora_linear` after x, if one plain adapter on a plain layer is all there is to compute.
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, Tensor | None] | None:
+        """The operands of `lora_linear` after x, and the magnitude for `dora_linear`, if one LoRA or DoRA adapter on a
+        plain layer is all there is to compute.
 
         This is the whole cost of Python on a small input, so everything is read from where nn.Module keeps it; and
         nothing is remembered that could go stale. FSDP keeps parameters elsewhere, and goes the general way.
@@ -81,12 +86,20 @@ class Linear(LoraLayer, nn.Module):
         own = self.__dict__
         active = own["_active_adapter"]
         name = active[0] if type(active) is list and len(active) == 1 else active
-        if own["_disable_adapters"] or own["merged_adapters"] or own["lora_variant"] or type(name) is not str:
+        if own["_disable_adapters"] or own["merged_adapters"] or type(name) is not str:
             return None
+        variant = own["lora_variant"].get(name)
         modules = own["_modules"]
         A, base = modules["lora_A"]._modules.get(name), modules["base_layer"]
         if A is None or type(base) not in _PLAIN or any_global_hook():
             return None
+        magnitude = None
+        if variant is not None:
+            if type(variant) is not DoraLinear:
+                return None
+            magnitude = modules["lora_magnitude_vector"]._modules[name]._parameters.get("weight")
+            if magnitude is None:
+                return None
         B, scaling = modules["lora_B"]._modules[name], own["scaling"][name]
         dropout = modules["lora_dropout"]._modules[name]
         p = 0.0 if type(dropout) is nn.Identity else dropout_probability(dropout)
@@ -100,7 +113,7 @@ class Linear(LoraLayer, nn.Module):
             return None
         if type(base) not in _ROWS_ARE_OUTPUTS:
             weight = weight.t()
-        return weight, of_base["bias"], lora_A, lora_B, scaling, p
+        return weight, of_base["bias"], lora_A, lora_B, scaling, p, magnitude
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         result = None

@@ -7,6 +7,7 @@ kernels. It imports neither triton nor transformers nor peft.
 from __future__ import annotations
 
 from .backend import initialise
+from .dora_linear import dora_linear, dora_linear_group
 from .glu import glu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,8 @@ from .lora_linear_group import lora_linear_group
 from .rms_norm import rms_norm
 
 __all__ = [
+    "dora_linear",
+    "dora_linear_group",
     "glu",
     "layer_norm",
     "linear_cross_entropy",

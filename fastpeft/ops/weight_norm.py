@@ -6,20 +6,18 @@ W (N, K), A (r, K), B (N, r). W Aᵀ has r columns and A Aᵀ is r × r, so the 
 direct way takes N K. Sums are in fp32, float64 if an operand is float64.
 
 Where the three terms nearly cancel, their sum has lost its digits. Those rows (sum below a quarter of the terms) are
-computed again from W + c B A itself, in float64, a block of rows at a time.
+computed again from W + c B A itself, in float64.
 
-|W_n|² does not change while W is frozen and is remembered. Nothing of A or B is remembered: fused optimisers write to
-them without a trace.
+Nothing is remembered from call to call, neither of A and B, to which fused optimisers write without a trace, nor of W:
+the product with A reads W anyway, and |W_n|² is one multiplication beside its r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .backend import OPS, define, route
 
@@ -40,7 +38,6 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
             f"with weight {(n, k)}, lora_A must be (r, {k}) and lora_B ({n}, r), got {tuple(lora_A.shape)} and "
             f"{tuple(lora_B.shape)}"
         )
-    frozen = not weight.requires_grad
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling.detach(), 1.0
@@ -48,7 +45,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
         torch._C._are_functorch_transforms_active() or any(type(t) not in _PLAIN for t in (weight, lora_A, lora_B))
     ):
         return direct(weight, lora_A, lora_B, scaling)  # sharded or batched: through ordinary operators only
-    return OPS[route(weight.device)].weight_norm(weight, lora_A, lora_B, float(scaling), frozen)
+    return OPS[route(weight.device)].weight_norm(weight, lora_A, lora_B, float(scaling))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -60,11 +57,11 @@ def direct(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(torch.add(weight.to(acc), B.to(acc) @ A.to(acc), alpha=scaling), dim=1)
 
 
-def reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float, frozen: bool) -> Tensor:
-    """The factored form. frozen: |W_n|² may be remembered."""
+def reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """The factored form."""
     acc = _accumulator(weight, A, B)
     a, b = A.to(acc), B.to(acc)
-    own = _row_squares(weight, frozen).to(acc)
+    own = _row_squares(weight).to(acc)
     cross = torch.cat([(block @ a.T).mul_(b[rows]).sum(1) for rows, block in _blocks(weight, acc)])
     gram = a @ a.T
     added = (b @ gram).mul_(b).sum(1)
@@ -78,39 +75,8 @@ def reference(weight: Tensor, A: Tensor, B: Tensor, scaling: float, frozen: bool
     return norms
 
 
-def forget(weight: Tensor) -> None:
-    """Drop what is remembered of a weight. Needed after a change through `.data` in place, which leaves no trace."""
-    storage = StorageWeakRef(weight.untyped_storage()).cdata
-    for key in [key for key in list(_remembered) if key[0] == storage]:
-        _remembered.pop(key, None)
-
-
-# (storage, place in it) -> (the storage, weakly; the version of the tensor; |W_n|²). A weak reference keeps the
-# address from being given to another storage, so a key cannot mean two weights.
-_remembered: dict[tuple[Any, ...], tuple[StorageWeakRef, int, Tensor]] = {}
-
-
-def _row_squares(weight: Tensor, frozen: bool) -> Tensor:
-    """|W_n|², (N,)."""
-    if not frozen or weight.is_inference():
-        return _compute_row_squares(weight)
-    storage = StorageWeakRef(weight.untyped_storage())
-    key = (storage.cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
-    known = _remembered.get(key)
-    if known is not None and known[1] == weight._version and known[2].device == weight.device:
-        return known[2]
-    squares = _compute_row_squares(weight)
-    for old, entry in list(_remembered.items()):
-        if entry[0].expired():
-            _remembered.pop(old, None)
-    _remembered[key] = (storage, weight._version, squares)
-    return squares
-
-
-def _compute_row_squares(weight: Tensor) -> Tensor:
-    wide = _widest(weight)
-    squares = torch.cat([block.square().sum(1) for _, block in _blocks(weight, wide)])
-    return squares if weight.dtype == torch.float64 else squares.float()
+def _row_squares(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=1, dtype=_widest(weight)).square()
 
 
 def _directly(weight: Tensor, A: Tensor, B: Tensor, scaling: float, rows: Tensor) -> Tensor:
@@ -137,13 +103,13 @@ def _widest(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.device.type == "mps" else torch.float64
 
 
-def _fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float, frozen: bool) -> Tensor:
+def _fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return weight.new_empty(weight.shape[0], dtype=_accumulator(weight, A, B))
 
 
 define(
     "weight_norm",
-    "(Tensor weight, Tensor A, Tensor B, float scaling, bool frozen) -> Tensor",
+    "(Tensor weight, Tensor A, Tensor B, float scaling) -> Tensor",
     reference=reference,
     fake=_fake,
 )
