@@ -27,12 +27,15 @@ class _Kept:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address of each storage behind `tensors` to its size in bytes (tensor subclasses by what they wrap)."""
+    """Address of each storage behind `tensors` to its size in bytes (tensor subclasses by what they wrap).
+
+    On the meta device, where there are no addresses, that of the storage's own record stands for it.
+    """
     found: dict[int, int] = {}
     for tensor in _plain(tensors):
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr() or storage._cdata] = storage.nbytes()
     return found
 
 

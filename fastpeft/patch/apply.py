@@ -44,6 +44,10 @@ def patch(
     stack: str = "auto",
     form: str = "auto",
     verify: bool = True,
+    checkpoint: Any = None,
+    memory: int | str | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
 ) -> nn.Module:
     """Let the model's LoRA layers compute through fastpeft's operators; returns the same model.
 
@@ -59,10 +63,24 @@ def patch(
             slower and keeps no more for the backward, "always" where it is possible, "never".
         form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
         verify: compare each replacement with what it replaces, forward and backward, before it is used.
+        checkpoint: what the layers keep for the backward: "none", "selective", "mlp", "block" or "offload" (see
+            `fastpeft.memory.modes`), a list with one for each layer, a dict {layer: mode, "*": mode}, or "auto", which
+            plans for `memory`. None leaves checkpointing as it is. Takes effect in training, with adapters or without.
+        memory: with checkpoint="auto", what a training step may occupy in all: bytes, or a text like "22GiB".
+        batch, seq: with checkpoint="auto", rows of a step and tokens of a row.
 
     Raises:
-        ValueError: an unknown value for `stack` or `form`.
+        ValueError: an unknown value for `stack`, `form` or `checkpoint`, or arguments that do not go together.
+        fastpeft.memory.OverBudget: checkpoint="auto" and no plan fits into `memory`.
     """
+    from ..memory import set_checkpointing
+
+    with set_checkpointing(_root(model), checkpoint, memory, batch, seq):
+        _patch_layers(model, example_inputs, stack, form, verify)
+    return model
+
+
+def _patch_layers(model: nn.Module, example_inputs: Any, stack: str, form: str, verify: bool) -> nn.Module:
     if stack not in STACK_OPTIONS:
         raise ValueError(f"patch: stack must be one of {', '.join(STACK_OPTIONS)}, got {stack!r}")
     if form not in FORMS:
@@ -89,6 +107,9 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Take everything that `patch` did off the model again, to the bit; returns the same model. No-op if unpatched."""
+    from ..memory import remove_checkpointing
+
+    remove_checkpointing(model)
     for module in model.modules():
         module.__dict__.pop(_STATE, None)
     groups: dict[int, Group] = {}

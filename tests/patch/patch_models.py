@@ -28,7 +28,7 @@ TOKENS = (2, 40)  # more elements of input than what the operators compute nativ
 
 def llama(**changes: Any) -> nn.Module:
     config = {"vocab_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0} | changes
-    return transformers.LlamaForCausalLM(LlamaConfig(**SIZES, **config))
+    return transformers.LlamaForCausalLM(LlamaConfig(**(SIZES | config)))
 
 
 def gpt2() -> nn.Module:
