@@ -137,12 +137,61 @@ struct DoraLinearKernels {
   );
 };
 
+// The parameters of a norm, rows of one (data null: none), and its statistics, one a row; RMSNorm has no bias, no mean.
+struct Norm {
+  Matrix weight, bias;
+  float eps, offset;
+  float *mean, *rstd;
+};
+
+// RMSNorm's or LayerNorm's. The data of what is optional is null: residual and h, d_h, dx, dweight, dbias.
+struct NormKernels {
+  void (*forward)(
+      const Norm& norm, const Matrix& x, const Matrix& residual, const Matrix& h, const Matrix& y, ParallelFor parallel
+  );
+  void (*backward)(
+      const Norm& norm,
+      const Matrix& dy,
+      const Matrix& x,
+      const Matrix& d_h,
+      const Matrix& dx,
+      const Matrix& dweight,
+      const Matrix& dbias,
+      ParallelFor parallel
+  );
+  void (*shrink)(
+      const Norm& norm,
+      const Matrix& x,
+      const Matrix& a,
+      const Group& group,
+      const Matrix& y,
+      const Matrix& s,
+      ParallelFor parallel
+  );
+  void (*shrink_backward)(
+      const Norm& norm,
+      const Matrix& dy,
+      const Matrix& ds,
+      const Matrix& x,
+      DType y,
+      const Matrix& a,
+      const Group& group,
+      const Matrix& dx,
+      const Matrix& da,
+      const Matrix& dweight,
+      const Matrix& dbias,
+      ParallelFor parallel
+  );
+};
+
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
   LoraEmbeddingKernels lora_embedding;
   WeightNormKernels weight_norm;
   DoraLinearKernels dora_linear;
+  NormKernels rms_norm;
+  NormKernels layer_norm;
 };
 
 extern const Kernels kernels_scalar;

@@ -7,9 +7,13 @@
 namespace fastpeft {
 namespace FASTPEFT_ISA {
 
-// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 by panels.
-static void shrink(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run) {
-  constexpr int64_t ROWS = 24;
+// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 by panels. Each block of x is read right
+// after `make(row, rows, column, columns)`, which may write it.
+template <typename Make>
+static void shrink_of(
+    const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run, const Make& make
+) {
+  constexpr int64_t ROWS = 24, LONG_PIECE = 512;
   const int64_t k = x.columns, r = group.rank;
   const bool masked = group.mask.on;
   // Members that share x unmasked are one wide member.
@@ -33,13 +37,20 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
       const int64_t row = task * ROWS, rows = smaller(ROWS, x.rows - row);
       if (k == 0) memset(sums, 0, rows * members * wide * sizeof(float));
       if (!masked && x.dtype == DType::f32) {
-        const View v = stage(x, row, rows, 0, k, nullptr, true, nullptr, 0);
-        product(rows, wide, k, v.data, v.stride, 1, packed.data, wide, sums, wide, false);
+        for (int64_t column = 0; column < k; column += LONG_PIECE) {
+          const int64_t columns = smaller(LONG_PIECE, k - column);
+          make(row, rows, column, columns);
+          const View v = stage(x, row, rows, column, columns, nullptr, true, nullptr, 0);
+          product(
+              rows, wide, columns, v.data, v.stride, 1, packed.data + column * wide, wide, sums, wide, column > 0
+          );
+        }
       } else {
         const int64_t next_rows = smaller(ROWS, x.rows - row - rows);
         for (int64_t column = 0; column < k; column += PANEL) {
           const int64_t columns = smaller(PANEL, k - column);
           prefetch(x, row + rows, next_rows, column, columns);
+          make(row, rows, column, columns);
           for (int64_t g = 0; g < members; ++g) {
             if (masked) {
               mask_panel(&panel, group.mask, uint32_t(g), column);
@@ -57,6 +68,10 @@ static void shrink(const Matrix& x, const Matrix& a, const Group& group, const M
       }
     }
   });
+}
+
+static void shrink(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run) {
+  shrink_of(x, a, group, s, run, [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
 // y += s b^T by members. A task is a block of rows.

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "dora_linear.h"
+#include "layer_norm.h"
 #include "lora_embedding.h"
+#include "rms_norm.h"
 
 #define FASTPEFT_JOIN_(a, b) a##b
 #define FASTPEFT_JOIN(a, b) FASTPEFT_JOIN_(a, b)
@@ -17,6 +19,8 @@ const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_ISA::lora_embedding_kernels,
     FASTPEFT_ISA::weight_norm_kernels,
     FASTPEFT_ISA::dora_linear_kernels,
+    FASTPEFT_ISA::rms_norm_kernels,
+    FASTPEFT_ISA::layer_norm_kernels,
 };
 
 }  // namespace fastpeft

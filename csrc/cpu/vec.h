@@ -230,5 +230,16 @@ FASTPEFT_INLINE Vec keep(Vec x, const uint8_t* bits) {
 
 #endif
 
+// The first n lanes, n known to be W in a full step.
+template <typename T>
+FASTPEFT_INLINE Vec load_some(const T* p, int n) {
+  return n == W ? load(p) : load(p, n);
+}
+
+template <typename T>
+FASTPEFT_INLINE void store_some(T* p, Vec x, int n) {
+  n == W ? store(p, x) : store(p, x, n);
+}
+
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

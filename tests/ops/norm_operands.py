@@ -9,6 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastpeft.ops import products
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 
@@ -50,11 +52,41 @@ def exactly(case: dict[str, Any]) -> dict[str, Any]:
     return wide | {"out": torch.float64}
 
 
-def compare(no_worse: Callable[..., None], ours: Any, torchs: Any, exact: Any) -> None:
-    """Each result against PyTorch's in the same dtype and in float64."""
-    for o, t, e in zip(ours, torchs, exact, strict=True):
-        assert o.shape == t.shape == e.shape
-        no_worse(o, t, e)
+def magnitudes(c: dict[str, Any], mean: Tensor, rstd: Tensor) -> dict[str, tuple[Tensor | None, ...]]:
+    """The sums that the results of `c`, in float64, are made of, with every term positive; mean is 0 for RMSNorm.
+
+    By operator, "shrink" and "rim" being those with the narrow products; parameters that are None have None.
+    """
+    factor = 1.0 if c["weight"] is None else (c["weight"] + c["offset"]).abs()
+    h = (c["x"].abs() + mean[:, None].abs()) * rstd[:, None]
+    y = h * factor if c["bias"] is None else h * factor + c["bias"].abs()
+    adapter, dropout = c["A"].abs(), (c["scaling"], c["p"], c["seed"])
+    rim = c["dy"].abs()
+    dA = products.shrink_backward_reference(c["ds"].abs(), y, adapter, *dropout, rim)
+
+    def gradients(dy: Tensor, d_h: Tensor | float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        g = dy * factor
+        dx = rstd[:, None] * (g + g.mean(1, keepdim=True) + h * (g * h).mean(1, keepdim=True)) + d_h
+        d_weight = None if c["weight"] is None else (dy * h).sum(0)
+        return dx, d_weight, None if c["bias"] is None else dy.sum(0)
+
+    dx, d_weight, d_bias = gradients(rim, 0.0)
+    return {
+        "y": (y,),
+        "s": (products.shrink_reference(y, adapter, *dropout),),
+        "plain": gradients(c["dy"].abs(), 0.0),
+        "d_h": gradients(c["dy"].abs(), c["d_h"].abs())[:1],
+        "shrink": (dx, dA, d_weight, d_bias),
+        "no dx": (dA,),
+    }
+
+
+def compare(no_worse: Callable[..., None], ours: Any, torchs: Any, exact: Any, magnitude: Any = None) -> None:
+    """Each result against PyTorch's in the same dtype and in float64; empty ones (not asked for) are left out."""
+    for i, (o, t, e) in enumerate(zip(ours, torchs, exact, strict=True)):
+        assert o.shape == t.shape == e.shape and o.dtype == t.dtype
+        if o.numel():
+            no_worse(o, t, e, magnitude[i] if magnitude else None)
 
 
 def results(function: Callable[..., Any], *operands: Tensor | None) -> list[Tensor]:
