@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import loss as losses
 from .group import Forward, Group, LoraForward, ParentForward, PlainForward
 from .inputs import NoInput, example_call
 from .observe import observe, run_quietly
@@ -43,6 +44,7 @@ def patch(
     example_inputs: Any = None,
     stack: str = "auto",
     form: str = "auto",
+    loss: str = "auto",
     verify: bool = True,
     checkpoint: Any = None,
     memory: int | str | None = None,
@@ -62,6 +64,8 @@ def patch(
         stack: whether base weights of a group are laid side by side and multiplied at once: "auto" where that is not
             slower and keeps no more for the backward, "always" where it is possible, "never".
         form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
+        loss: whether, with labels, the loss is computed without the logits: "auto" where a trial shows that it can be;
+            "never". The model returns logits either way, which are then computed when somebody looks at them.
         verify: compare each replacement with what it replaces, forward and backward, before it is used.
         checkpoint: what the layers keep for the backward: "none", "selective", "mlp", "block" or "offload" (see
             `fastpeft.memory.modes`), a list with one for each layer, a dict {layer: mode, "*": mode}, or "auto", which
@@ -70,37 +74,41 @@ def patch(
         batch, seq: with checkpoint="auto", rows of a step and tokens of a row.
 
     Raises:
-        ValueError: an unknown value for `stack`, `form` or `checkpoint`, or arguments that do not go together.
+        ValueError: an unknown value for `stack`, `form`, `loss` or `checkpoint`, or arguments that do not go together.
         fastpeft.memory.OverBudget: checkpoint="auto" and no plan fits into `memory`.
     """
     from ..memory import set_checkpointing
 
     with set_checkpointing(_root(model), checkpoint, memory, batch, seq):
-        _patch_layers(model, example_inputs, stack, form, verify)
+        _patch_layers(model, example_inputs, stack, form, loss, verify)
     return model
 
 
-def _patch_layers(model: nn.Module, example_inputs: Any, stack: str, form: str, verify: bool) -> nn.Module:
+def _patch_layers(model: nn.Module, example_inputs: Any, stack: str, form: str, loss: str, verify: bool) -> nn.Module:
     if stack not in STACK_OPTIONS:
         raise ValueError(f"patch: stack must be one of {', '.join(STACK_OPTIONS)}, got {stack!r}")
     if form not in FORMS:
         raise ValueError(f"patch: form must be one of {', '.join(FORMS)}, got {form!r}")
+    if loss not in losses.LOSS_OPTIONS:
+        raise ValueError(f"patch: loss must be one of {', '.join(losses.LOSS_OPTIONS)}, got {loss!r}")
     root = _root(model)
     before = root.__dict__.get(_STATE)
-    fingerprint = _fingerprint(root, (stack, form, verify))
+    fingerprint = _fingerprint(root, (stack, form, loss, verify))
     if before is not None and before.fingerprint == fingerprint:
         return model
     unpatch(root)
     candidates = find_candidates(root, verify)
-    if not candidates:
-        return model
     with torch.inference_mode(False):
         try:
             result = _patch(root, candidates, example_inputs, stack, form, verify)
+            if loss == "auto":
+                result.rows += losses.apply(root, example_inputs, verify)
         except BaseException:
             unpatch(root)
             raise
-    root.__dict__[_STATE] = _State(_fingerprint(root, (stack, form, verify)), result)
+    if not result.rows:
+        return model
+    root.__dict__[_STATE] = _State(_fingerprint(root, (stack, form, loss, verify)), result)
     logger.info(result.summary())
     return model
 
@@ -112,6 +120,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     remove_checkpointing(model)
     for module in model.modules():
         module.__dict__.pop(_STATE, None)
+    losses.remove(model)
     groups: dict[int, Group] = {}
     for module, forward in list(_forwards(model)):
         forward.active = False

@@ -107,6 +107,13 @@ class Deferred(Tensor):
         with torch.set_grad_enabled(cell.grad and not detached and torch.is_grad_enabled()):
             return type(self)(compute, shape, dtype, device, cell.inputs, _parent=cell, _is_view=is_view)
 
+    def check(self) -> None:
+        """Raises RuntimeError if something the value is computed from has changed since."""
+        cell = self._cell
+        while cell.parent is not None:
+            cell = cell.parent
+        cell._check()
+
     def consume(self) -> None:
         """Note that a result was computed without the value, which therefore is not in that result's graph."""
         cell: _Cell | None = self._cell

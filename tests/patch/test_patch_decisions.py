@@ -110,7 +110,7 @@ def test_kinds_of_adapters_that_are_left(options: dict[str, Any], reason: str) -
     with pytest.warns(UserWarning) if "lora_bias" in options else _nothing():
         model = lora_llama(**options)
     before = run(model)
-    patch(model)
+    patch(model, loss="never")
     rows = report(model).rows
     assert rows and all(row.fused is None and reason in row.reason for row in rows)
     assert_same(run(model), before)
@@ -218,7 +218,7 @@ def test_a_wrong_group_falls_back_to_single_layers(monkeypatch: pytest.MonkeyPat
     before = run(model)
     right = group_module.lora_linear_group
     monkeypatch.setattr(group_module, "lora_linear_group", lambda *a, **k: right(*a, **k)[::-1])
-    patch(model)
+    patch(model, loss="never")
     assert not groups_of(model)
     assert all(r.fused == "lora_linear" for r in report(model).rows)
     assert_same(run(model), before)
