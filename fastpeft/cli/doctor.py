@@ -147,6 +147,17 @@ def _cpu(found: Findings) -> dict[str, Any]:
     }
 
 
+def _build() -> dict[str, Any]:
+    """What the extensions of this install were built for, as they say themselves; {} for one that is not there."""
+    from fastpeft.ops.backend import cpu_extension, cuda_extension
+
+    cpu, cuda = cpu_extension(), cuda_extension()
+    return {
+        "cpu": {} if cpu is None else cpu.build_info(),
+        "cuda": {} if cuda is None else cuda.build_info(),
+    }
+
+
 def _driver() -> str | None:
     """The NVIDIA driver's version, or None where none answers."""
     tool = shutil.which("nvidia-smi")
@@ -204,10 +215,13 @@ def _operators() -> dict[str, dict[str, str]]:
         has = {key: _has_kernel(f"fastpeft::{name}", key.upper()) for key in ("cpu", "cuda")}
         no_cpu = "C++ extension missing" if lines["cpu"].startswith("not available") else "no C++ kernel for it"
         no_gpu = "triton not installed" if "not installed" in lines["triton"] else "no Triton kernel for it"
-        result[name] = {
-            "cpu": lines["cpu"] if has["cpu"] else f"reference: {no_cpu}",
-            "cuda": "Triton" if has["cuda"] else f"reference: {no_gpu}",
-        }
+        on_gpu = "Triton" if has["cuda"] else f"reference: {no_gpu}"
+        if has["cuda"] and backend.in_cuda_extension(name):
+            # What the kernel does not take, a GPU it was not built for included, goes to Triton or the reference.
+            on_gpu = "CUDA C++" if not lines["cuda"].startswith("not available") else "Triton"
+            if on_gpu == "Triton" and "not installed" in lines["triton"]:
+                on_gpu = "reference: triton not installed"
+        result[name] = {"cpu": lines["cpu"] if has["cpu"] else f"reference: {no_cpu}", "cuda": on_gpu}
     return result
 
 
@@ -264,8 +278,12 @@ def examine() -> dict[str, Any]:
 
             return backend_report()
 
+        report["build"] = found.guard("the extensions", _build, {})
         backends = found.guard("the backends", names, {})
         report["backends"] = backends
+        gpu = report["gpu"]
+        if report["build"].get("cuda") and gpu.get("usable") and backends.get("cuda", "").startswith("not available"):
+            found.notes.append(f"CUDA kernels {backends['cuda']}; Triton's are used instead")
         report["operators"] = found.guard("the operators", _operators, {})
         report["self_test"] = found.guard("the self-test", _self_test, None)
     if report["optional"]["triton"]["version"] is None and report.get("gpu", {}).get("usable"):
@@ -312,6 +330,9 @@ def _show(report: dict[str, Any]) -> None:
         table.add_row(name, Text(version, style), Text(state["for"], "faint"))
     console.print(table)
 
+    if build := report.get("build"):
+        console.print(facts("Built for", _built_for(build)))
+
     machine = {}
     if cpu := report.get("cpu"):
         machine["CPU"] = f"{cpu['name']}, {cpu['threads']} threads  [faint]{' '.join(cpu['flags'])}[/faint]"
@@ -325,8 +346,9 @@ def _show(report: dict[str, Any]) -> None:
         if not gpu["devices"]:
             why = "torch is a CPU build" if gpu["torch_cuda"] is None else "CUDA finds none"
             machine["GPU"] = f"[faint]none ({why})[/faint]"
-    if line := report.get("backends", {}).get("triton"):
-        machine["Triton"] = f"[faint]{line}[/faint]" if line.startswith("not available") else line
+    for key, title in (("triton", "Triton"), ("cuda", "CUDA C++")):
+        if line := report.get("backends", {}).get(key):
+            machine[title] = f"[faint]{line}[/faint]" if line.startswith("not available") else line
     for name, value in report["environment"].items():
         machine[name] = f"[warn]{value}[/warn]"
     console.print(facts("Machine", machine))
@@ -348,6 +370,17 @@ def _show(report: dict[str, Any]) -> None:
         console.print(Text("healthy", "good"))
     else:
         console.print(Text(f"{len(report['problems'])} problem{'s' * (len(report['problems']) > 1)}", "bad"))
+
+
+def _built_for(build: dict[str, Any]) -> dict[str, str]:
+    rows = {"C++": "[faint]not in this install[/faint]", "CUDA": "[faint]not in this install[/faint]"}
+    if cpu := build.get("cpu"):
+        rows["C++"] = f"{cpu['isas'].replace(' ', ', ')}  [faint]{cpu['compiler']}[/faint]"
+        rows["torch"] = f"{cpu['torch_abi']} and newer (stable ABI)  [faint]built with {cpu['torch']}[/faint]"
+    if cuda := build.get("cuda"):
+        archs = cuda["archs"].replace(",", ", ")
+        rows["CUDA"] = f"{cuda['cuda']}, compute capability {archs}  [faint]nvcc {cuda['nvcc']}[/faint]"
+    return rows
 
 
 def _by_backend(line: str) -> Text:

@@ -5,10 +5,12 @@ Backends:
     reference  plain PyTorch, any device
     cpu        C++ kernels (csrc/), AVX-512, AVX2 or scalar, when the extension `fastpeft._C` was built
     triton     Triton kernels (fastpeft.kernels): GPUs, or CPU tensors under Triton's interpreter
+    cuda       CUDA C++ kernels (csrc/cuda/), in wheels built for a CUDA release: the extension `fastpeft._cuda`
 
-`auto` (no backend forced) goes by the tensors' device: C++ for CPU tensors, Triton for CUDA tensors, reference for
-everything else and wherever the faster one is missing. `FASTPEFT_BACKEND=reference` or `with backend("reference"):`
-forces one for the whole process; a forced backend that cannot run raises `BackendError`.
+`auto` (no backend forced) goes by the tensors' device: C++ for CPU tensors; for CUDA tensors CUDA C++ where the
+operator has such a kernel that takes these operands, else Triton; reference for everything else and wherever the faster
+one is missing. `FASTPEFT_BACKEND=reference` or `with backend("reference"):` forces one for the whole process; a forced
+backend that cannot run raises `BackendError`.
 
 Each operator exists three times with one schema, so that a forced backend is an operator like any other (to
 torch.compile, to the profiler): `torch.ops.fastpeft.<name>` dispatches by device, `torch.ops.fastpeft_reference.<name>`
@@ -31,7 +33,7 @@ import torch
 
 from ..errors import BackendError
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
 _NAMESPACES = {"auto": "fastpeft", "reference": "fastpeft_reference", "triton": "fastpeft_triton"}
 _LIBRARIES = {name: torch.library.Library(namespace, "DEF") for name, namespace in _NAMESPACES.items()}
 
@@ -41,6 +43,11 @@ OPS: dict[str, Any] = {name: SimpleNamespace() for name in _NAMESPACES}
 _forced: str | None = None
 _extension: ModuleType | None = None
 _reason = ""
+_cuda: ModuleType | None = None
+_cuda_reason = ""
+_triton_for_cuda: dict[str, Callable[..., Any]] = {}  # what CUDA tensors take where no CUDA kernel is registered
+_in_cuda_extension: set[str] = set()
+_initialised = False
 
 
 def route(device: torch.device) -> str:
@@ -51,12 +58,16 @@ def route(device: torch.device) -> str:
         if device.type != "cpu":
             raise BackendError(f"backend 'cpu' is forced but the input is on {device}; use backend 'auto' there")
         return "auto"
+    if _forced == "cuda":
+        if device.type != "cuda":
+            raise BackendError(f"backend 'cuda' is forced but the input is on {device}; use backend 'auto' there")
+        return "auto"
     return _forced
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force one backend within a `with` block, for the whole process: "reference", "cpu", "triton"; "auto" forces none.
+    """Force one backend within a `with` block, for the whole process: one of `NAMES`; "auto" forces none.
 
     Raises BackendError if the name is unknown or the backend cannot run here.
     """
@@ -76,7 +87,12 @@ def available_backends() -> list[str]:
 
 def backend_report() -> dict[str, str]:
     """One line for each backend: what it would run, or "not available: " and why and what to do."""
-    return {"reference": f"plain PyTorch {torch.__version__}", "cpu": _cpu_line(), "triton": _triton_line()}
+    return {
+        "reference": f"plain PyTorch {torch.__version__}",
+        "cpu": _cpu_line(),
+        "triton": _triton_line(),
+        "cuda": _cuda_line(),
+    }
 
 
 def define(
@@ -100,12 +116,24 @@ def define(
         torch.library.register_fake(f"{_NAMESPACES[key]}::{name}", fake, lib=library)
         setattr(OPS[key], name, getattr(getattr(torch.ops, _NAMESPACES[key]), name).default)
     if kernels and _triton_spec() is not None:
-        _LIBRARIES["auto"].impl(name, triton, "CUDA")
+        _triton_for_cuda[name] = triton
+        if _initialised:
+            _fill_in_for_cuda()
 
 
 def cpu_extension() -> ModuleType | None:
     """The compiled module `fastpeft._C`, or None where the package was installed without it."""
     return _extension
+
+
+def cuda_extension() -> ModuleType | None:
+    """The compiled module `fastpeft._cuda`, or None where the wheel has none or it does not load."""
+    return _cuda
+
+
+def in_cuda_extension(name: str) -> bool:
+    """Whether the operator's implementation for CUDA tensors is the extension's."""
+    return name in _in_cuda_extension
 
 
 def autocast_enabled(device: torch.device) -> bool:
@@ -153,6 +181,8 @@ def _checked(name: str) -> str | None:
         raise BackendError(f"backend 'cpu': {_cpu_line()}")
     if name == "triton" and _triton_spec() is None:
         raise BackendError(f"backend 'triton': {_triton_line()}")
+    if name == "cuda" and (line := _cuda_line()).startswith("not available"):
+        raise BackendError(f"backend 'cuda': {line}")
     return name
 
 
@@ -197,8 +227,56 @@ def _cpu_line() -> str:
     return _reason if _extension is None else f"C++ kernels, {_extension.isa()}"
 
 
+def _load_cuda_extension() -> tuple[ModuleType | None, str]:
+    """The extension and a reason for its absence. Loading it, driver or not, registers its kernels for CUDA tensors."""
+    if importlib.util.find_spec("fastpeft._cuda") is None:
+        return None, (
+            "not available: this build of fastpeft has no CUDA kernels (Triton's are used instead); "
+            "tools/build_wheel.py makes a wheel with them for a CUDA release"
+        )
+    if torch.version.hip is not None:
+        return None, "not available: this PyTorch is for ROCm"
+    try:
+        extension = importlib.import_module("fastpeft._cuda")
+    except ImportError as error:
+        reason = f"not available: the extension does not load into torch {torch.__version__}: {error}"
+        warnings.warn(f"fastpeft backend 'cuda' is {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    if _triton_spec() is not None:
+        extension.fall_back_to(_NAMESPACES["triton"])
+    return extension, ""
+
+
+def _cuda_line() -> str:
+    if _cuda is None:
+        return _cuda_reason
+    built = "CUDA {cuda} kernels for {archs}".format(**_cuda.build_info())
+    if torch.version.cuda is None:
+        return f"not available: torch {torch.__version__} is a CPU build ({built} are installed)"
+    reason = _cuda.why_no_driver()
+    if reason is None:
+        reasons = [_cuda.why_not(i) for i in range(torch.cuda.device_count())]
+        if None in reasons:
+            return f"{built}, on {torch.cuda.get_device_name(reasons.index(None))}"
+        reason = reasons[0] if reasons else "torch finds no GPU"
+    return f"not available: {reason} ({built} are installed)"
+
+
+def _fill_in_for_cuda() -> None:
+    """Triton's launchers for CUDA tensors, except where the extension has registered a kernel."""
+    while _triton_for_cuda:
+        name, triton = _triton_for_cuda.popitem()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpeft::{name}", "CUDA"):
+            _in_cuda_extension.add(name)
+        else:
+            _LIBRARIES["auto"].impl(name, triton, "CUDA")
+
+
 def initialise() -> None:
-    """Load the extension and honour FASTPEFT_BACKEND. Called once, after every operator is defined."""
-    global _extension, _forced, _reason
+    """Load the extensions and honour FASTPEFT_BACKEND. Called once, when the package's operators are defined."""
+    global _extension, _forced, _reason, _cuda, _cuda_reason, _initialised
     _extension, _reason = _load_extension()
+    _cuda, _cuda_reason = _load_cuda_extension()
+    _initialised = True
+    _fill_in_for_cuda()
     _forced = _checked(os.environ.get("FASTPEFT_BACKEND") or "auto")

@@ -65,7 +65,9 @@ def test_doctor_finds_a_healthy_install(fastpeft_command: Callable) -> None:
     assert report["healthy"] and report["problems"] == []
     assert report["versions"]["torch"] == torch.__version__
     assert {"lora_shrink", "lora_linear_wide", "lora_embedding"} <= set(report["operators"])
-    assert set(report["backends"]) == {"reference", "cpu", "triton"}
+    assert set(report["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    if report["cpu"]["extension_loaded"]:
+        assert report["build"]["cpu"]["torch_abi"] == "2.10" and "scalar" in report["build"]["cpu"]["isas"]
     assert report["self_test"].startswith("lora_linear forward and backward right on cpu")
     if not report["cpu"]["extension_loaded"]:
         assert any("C++ extension" in note for note in report["notes"])

@@ -127,8 +127,39 @@ def test_without_the_extension_the_reference_runs() -> None:
 
 def test_the_report_has_a_line_for_every_backend() -> None:
     report = backend_report()
-    assert set(report) == {"reference", "cpu", "triton"} and all(report.values())
+    assert set(report) == {"reference", "cpu", "triton", "cuda"} and all(report.values())
     assert "reference" in available_backends()
+
+
+def fake_cuda(**answers: object) -> types.SimpleNamespace:
+    info = {"cuda": "13.0", "archs": "8.0,9.0a", "nvcc": "13.0.88", "torch": "2.13.0"}
+    return types.SimpleNamespace(build_info=lambda: info, **{k: lambda *a, v=v: v for k, v in answers.items()})
+
+
+def test_cuda_kernels_that_cannot_run_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel for a CUDA release on a machine without a driver, beside a CPU build of torch, or on another GPU."""
+    built = r"\(CUDA 13.0 kernels for 8.0,9.0a are installed\)"
+    monkeypatch.setattr(module, "_cuda", fake_cuda(why_no_driver="this machine has no NVIDIA driver", why_not=None))
+    for cuda, reason in ((None, f"is a CPU build {built}"), ("13.0", f"this machine has no NVIDIA driver {built}")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        with pytest.raises(BackendError, match=reason), backend("cuda"):
+            raise AssertionError
+    monkeypatch.setattr(module, "_cuda", fake_cuda(why_no_driver=None, why_not="GPU 0 has compute capability 7.5"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BackendError, match="GPU 0 has compute capability 7.5"), backend("cuda"):
+        raise AssertionError
+
+
+def test_cuda_kernels_that_run_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_cuda", fake_cuda(why_no_driver=None, why_not=None))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA H100")
+    assert backend_report()["cuda"] == "CUDA 13.0 kernels for 8.0,9.0a, on NVIDIA H100"
+    with backend("cuda"):
+        assert route(torch.device("cuda")) == "auto"
+        with pytest.raises(BackendError, match="'cuda' is forced but the input is on cpu"):
+            route(CPU)
 
 
 def test_importing_the_operators_imports_neither_triton_nor_peft() -> None:
