@@ -184,6 +184,75 @@ struct NormKernels {
   );
 };
 
+enum class Activation : int32_t {
+  silu,
+  gelu,
+  gelu_tanh,
+  quick_gelu,
+  relu,
+  relu2,
+  relu6,
+  hardswish,
+  tanh,
+  sigmoid,
+};
+
+// up.data and dup.data are null where there is no up; dh and dgate are where no gradient of the input is wanted.
+struct GluKernels {
+  void (*forward)(const Matrix& gate, const Matrix& up, Activation act, const Matrix& h, ParallelFor parallel);
+  void (*backward)(
+      const Matrix& dh,
+      const Matrix& gate,
+      const Matrix& up,
+      Activation act,
+      const Matrix& dgate,
+      const Matrix& dup,
+      ParallelFor parallel
+  );
+  void (*shrink)(
+      const Matrix& gate,
+      const Matrix& up,
+      Activation act,
+      const Matrix& a,
+      const Group& group,
+      const Matrix& h,
+      const Matrix& s,
+      ParallelFor parallel
+  );
+  void (*shrink_backward)(
+      const Matrix& dh,
+      const Matrix& ds,
+      const Matrix& gate,
+      const Matrix& up,
+      Activation act,
+      const Matrix& a,
+      const Group& group,
+      const Matrix& dgate,
+      const Matrix& dup,
+      const Matrix& da,
+      ParallelFor parallel
+  );
+};
+
+// Heads of queries or keys, or (one head, the same for all sequences if batch is 1) a table: rows of `width` contiguous
+// elements, strides of sequence, head and token.
+struct Heads {
+  void* data;
+  int64_t batch, heads, tokens, width;
+  int64_t strides[3];
+  DType dtype;
+};
+
+struct RopeCall {
+  Heads q, k, q_out, k_out;  // k.data is null where there is no k
+  Heads cos, sin;
+  bool interleaved, pairs, inverse;
+};
+
+struct RopeKernels {
+  void (*rotate)(const RopeCall& call, ParallelFor parallel);
+};
+
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
@@ -192,6 +261,8 @@ struct Kernels {
   DoraLinearKernels dora_linear;
   NormKernels rms_norm;
   NormKernels layer_norm;
+  GluKernels glu;
+  RopeKernels rope;
 };
 
 extern const Kernels kernels_scalar;

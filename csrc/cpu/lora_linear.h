@@ -7,8 +7,9 @@
 namespace fastpeft {
 namespace FASTPEFT_ISA {
 
-// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 by panels. Each block of x is read right
-// after `make(row, rows, column, columns)`, which may write it.
+// s = scale * (mask * x) a^T. A task is a block of rows; x passes through L1 by panels. Right before a block of x is
+// read `make(row, rows, next_rows, column, columns)` is called: it may write that block, and ask for what it will need
+// for the `next_rows` rows after it.
 template <typename Make>
 static void shrink_of(
     const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run, const Make& make
@@ -39,7 +40,7 @@ static void shrink_of(
       if (!masked && x.dtype == DType::f32) {
         for (int64_t column = 0; column < k; column += LONG_PIECE) {
           const int64_t columns = smaller(LONG_PIECE, k - column);
-          make(row, rows, column, columns);
+          make(row, rows, 0, column, columns);  // the processor prefetches long pieces itself
           const View v = stage(x, row, rows, column, columns, nullptr, true, nullptr, 0);
           product(
               rows, wide, columns, v.data, v.stride, 1, packed.data + column * wide, wide, sums, wide, column > 0
@@ -49,8 +50,7 @@ static void shrink_of(
         const int64_t next_rows = smaller(ROWS, x.rows - row - rows);
         for (int64_t column = 0; column < k; column += PANEL) {
           const int64_t columns = smaller(PANEL, k - column);
-          prefetch(x, row + rows, next_rows, column, columns);
-          make(row, rows, column, columns);
+          make(row, rows, next_rows, column, columns);
           for (int64_t g = 0; g < members; ++g) {
             if (masked) {
               mask_panel(&panel, group.mask, uint32_t(g), column);
@@ -71,7 +71,9 @@ static void shrink_of(
 }
 
 static void shrink(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor run) {
-  shrink_of(x, a, group, s, run, [](int64_t, int64_t, int64_t, int64_t) {});
+  shrink_of(x, a, group, s, run, [&](int64_t row, int64_t rows, int64_t next_rows, int64_t column, int64_t columns) {
+    prefetch(x, row + rows, next_rows, column, columns);
+  });
 }
 
 // y += s b^T by members. A task is a block of rows.
@@ -201,21 +203,44 @@ static void add_kept(float* to, const float* from, int64_t rows, const uint8_t* 
   }
 }
 
+// x in memory, and the dx (its data may be null) that the rim is added to: what shrink_backward_of reads and adds to.
+struct Given {
+  Matrix x, dx;
+
+  bool adds() const { return dx.data != nullptr; }
+  void begin(int64_t, int64_t, int64_t, int64_t) {}  // a block that is read and added to next
+  View read(int64_t row, int64_t rows, int64_t column, int64_t columns, const uint8_t* bits, float* scratch) {
+    return stage(x, row, rows, column, columns, bits, columns == PANEL, scratch, PANEL);
+  }
+  // Where an unmasked product may be added to, rows `stride` apart; null if it must go through `add`.
+  float* direct(int64_t row, int64_t column, int64_t columns, int64_t* stride) {
+    if (dx.dtype != DType::f32 || columns < PANEL) return nullptr;
+    *stride = dx.stride;
+    return static_cast<float*>(dx.data) + row * dx.stride + column;
+  }
+  void add(int64_t row, int64_t rows, int64_t column, int64_t columns, const float* rim) {
+    unstage<true>(dx, row, rows, column, columns, rim, PANEL, 1.0f);
+  }
+};
+
 // da = scale * ds^T (mask * x) and dx += scale * mask * (ds a), one pass over x and dx, each mask formed once. A task
 // is a panel of columns and a block of rows; with several blocks their parts of da are added in their order afterwards.
-static void shrink_backward(
+// x is (m, k); each thread has a copy of `blocks_of`, which is like Given.
+template <typename Blocks>
+static void shrink_backward_of(
     const Matrix& ds,
-    const Matrix& x,
+    int64_t m,
+    int64_t k,
+    const Blocks& blocks_of,
     const Matrix& a,
     const Group& group,
-    const Matrix& dx,
     const Matrix& da,
     ParallelFor run
 ) {
   constexpr int64_t PART = 36;
-  const int64_t ROWS = x.rows <= 64 * 288 ? 288 : round_up((x.rows + 63) / 64, PART);
-  const int64_t m = x.rows, k = x.columns, r = group.rank, total_rank = r * group.members;
-  const bool masked = group.mask.on;
+  const int64_t ROWS = m <= 64 * 288 ? 288 : round_up((m + 63) / 64, PART);
+  const int64_t r = group.rank, total_rank = r * group.members;
+  const bool masked = group.mask.on, adds = blocks_of.adds();
   const int64_t members = masked ? group.members : 1, each = masked ? r : total_rank, ds_row = round_up(total_rank, W);
   const int64_t panels = (k + PANEL - 1) / PANEL, blocks = (m + ROWS - 1) / ROWS;
   Buffer scaled(m * ds_row), parts((blocks > 0 ? blocks : 1) * total_rank * panels * PANEL);
@@ -234,6 +259,7 @@ static void shrink_backward(
     float *rim = x_part + PART * PANEL, *rim_sum = rim + PART * PANEL;
     uint8_t bits[PART * PANEL_BLOCKS];
     MaskPanel mask;
+    Blocks source(blocks_of);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task % panels, block = task / panels, column = panel * PANEL,
                     columns = smaller(PANEL, k - column);
@@ -243,25 +269,24 @@ static void shrink_backward(
       for (int64_t row = first; row < last; row += PART) {
         const int64_t rows = smaller(PART, last - row);
         const float* d = scaled.data + row * ds_row;
+        source.begin(row, rows, column, columns);
+        int64_t stride = PANEL;
+        float* direct = adds && !masked ? source.direct(row, column, columns, &stride) : nullptr;
         for (int64_t g = 0; g < members; ++g) {
           if (masked) {
             mask_panel(&mask, group.mask, uint32_t(g), column);
             mask_rows(mask, row, rows, bits);
           }
-          const View v = stage(x, row, rows, column, columns, masked ? bits : nullptr, columns == PANEL, x_part, PANEL);
+          const View v = source.read(row, rows, column, columns, masked ? bits : nullptr, x_part);
           product(each, wide, rows, d + g * r, 1, ds_row, v.data, v.stride, sums + g * r * PANEL, PANEL, row > first);
-          if (dx.data == nullptr) continue;
-          const bool direct = !masked && dx.dtype == DType::f32 && columns == PANEL;
-          float* to = direct ? static_cast<float*>(dx.data) + row * dx.stride + column : rim;
+          if (!adds) continue;
           product(
-              rows, wide, each, d + g * r, ds_row, 1, a_rows.data + g * r * a_rows.stride, a_rows.stride, to,
-              direct ? dx.stride : PANEL, direct
+              rows, wide, each, d + g * r, ds_row, 1, a_rows.data + g * r * a_rows.stride, a_rows.stride,
+              direct != nullptr ? direct : rim, stride, direct != nullptr
           );
           if (masked) add_kept(rim_sum, rim, rows, bits, g == 0);
         }
-        if (dx.data != nullptr && (masked || dx.dtype != DType::f32 || columns < PANEL)) {
-          unstage<true>(dx, row, rows, column, columns, masked ? rim_sum : rim, PANEL, 1.0f);
-        }
+        if (adds && direct == nullptr) source.add(row, rows, column, columns, masked ? rim_sum : rim);
       }
     }
   });
@@ -277,6 +302,18 @@ static void shrink_backward(
       unstage<false>(da, j, 1, panel * PANEL, smaller(PANEL, k - panel * PANEL), total, PANEL, 1.0f);
     }
   });
+}
+
+static void shrink_backward(
+    const Matrix& ds,
+    const Matrix& x,
+    const Matrix& a,
+    const Group& group,
+    const Matrix& dx,
+    const Matrix& da,
+    ParallelFor run
+) {
+  shrink_backward_of(ds, x.rows, x.columns, Given{x, dx}, a, group, da, run);
 }
 
 constexpr LoraLinearKernels lora_linear_kernels = {shrink, expand, expand_backward, shrink_backward};

@@ -23,7 +23,7 @@ static void norm_shrink(
   const Forward f = {norm, affine, x, none, none, y};
   const ForwardRows rows_of_y = forward_rows_of<CENTRED>(x.dtype, y.dtype);
   // A row's sums need the whole row, so all of it is made when its first columns are asked for.
-  shrink_of(y, a, group, s, run, [&](int64_t row, int64_t rows, int64_t column, int64_t) {
+  shrink_of(y, a, group, s, run, [&](int64_t row, int64_t rows, int64_t, int64_t column, int64_t) {
     if (column == 0) rows_of_y(f, row, row + rows);
   });
 }

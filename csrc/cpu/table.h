@@ -2,9 +2,11 @@
 #pragma once
 
 #include "dora_linear.h"
+#include "glu.h"
 #include "layer_norm.h"
 #include "lora_embedding.h"
 #include "rms_norm.h"
+#include "rope.h"
 
 #define FASTPEFT_JOIN_(a, b) a##b
 #define FASTPEFT_JOIN(a, b) FASTPEFT_JOIN_(a, b)
@@ -21,6 +23,8 @@ const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_ISA::dora_linear_kernels,
     FASTPEFT_ISA::rms_norm_kernels,
     FASTPEFT_ISA::layer_norm_kernels,
+    FASTPEFT_ISA::glu_kernels,
+    FASTPEFT_ISA::rope_kernels,
 };
 
 }  // namespace fastpeft

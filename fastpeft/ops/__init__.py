@@ -15,6 +15,7 @@ from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear
 from .lora_linear_group import lora_linear_group
 from .rms_norm import rms_norm
+from .rope import rope
 
 __all__ = [
     "dora_linear",
@@ -26,6 +27,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "rms_norm",
+    "rope",
 ]
 
 initialise()

@@ -156,10 +156,12 @@ def _shrink_backward_fake(
     return gate.new_empty(gate.shape) if need_input else None, dup, A.new_empty(A.shape)
 
 
+# Results are all optional where one is: a C++ kernel that calls the reference gets the types of the results in reverse
+# (torch_call_dispatcher of torch 2.10 to 2.13).
 define("glu", "(Tensor gate, Tensor? up, str act) -> Tensor", reference=glu_reference, fake=_fake)
 define(
     "glu_backward",
-    "(Tensor dh, Tensor gate, Tensor? up, str act) -> (Tensor dgate, Tensor? dup)",
+    "(Tensor dh, Tensor gate, Tensor? up, str act) -> (Tensor? dgate, Tensor? dup)",
     reference=glu_backward_reference,
     fake=_backward_fake,
 )
@@ -172,7 +174,7 @@ define(
 define(
     "glu_shrink_backward",
     "(Tensor? dh, Tensor ds, Tensor gate, Tensor? up, str act, Tensor A, float[] scaling, float p, Tensor? seed, "
-    "bool need_input) -> (Tensor? dgate, Tensor? dup, Tensor dA)",
+    "bool need_input) -> (Tensor? dgate, Tensor? dup, Tensor? dA)",
     reference=glu_shrink_backward_reference,
     fake=_shrink_backward_fake,
 )
