@@ -16,16 +16,17 @@ SEED = 20240531
 
 
 @contextlib.contextmanager
-def exchanged_masks(peft_model: nn.Module, member: Callable[[str], int] = lambda name: 0) -> Iterator[None]:
-    """Within: every call of fastpeft draws one seed, and the dropout of peft's LoRA layers has its masks.
+def exchanged_masks(*models: nn.Module, member: Callable[[str], int] = lambda name: 0) -> Iterator[None]:
+    """Within: every call of fastpeft draws one seed, and the dropout modules of the models' LoRA layers have its masks.
 
     member: the place of a layer, by its name in the model, in the group that it is computed in.
     """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(philox, "draw_seed", lambda device: torch.tensor([SEED], device=device))
-        for name, layer in peft_model.named_modules():
-            for dropout in getattr(layer, "lora_dropout", {}).values():
-                patched.setattr(dropout, "forward", _masked(dropout, member(name)))
+        for model in models:
+            for name, layer in model.named_modules():
+                for dropout in getattr(layer, "lora_dropout", {}).values():
+                    patched.setattr(dropout, "forward", _masked(dropout, member(name)))
         yield
 
 

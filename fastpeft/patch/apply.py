@@ -225,14 +225,15 @@ def _build_group(root: nn.Module, plan: GroupPlan, form: str, verify: bool) -> t
 
 def _apply_alone(candidate: Candidate, verify: bool) -> Row:
     assert candidate.reading is not None
+    operator = "dora_linear" if candidate.dora else "lora_linear"
     if candidate.native:
-        return Row(candidate.name, candidate.kind, "lora_linear", "the layer's own forward")
+        return Row(candidate.name, candidate.kind, operator, "the layer's own forward")
     member = LoraForward(candidate.module, candidate.reading, native=False)
     reason = verify_alone(member) if verify else None
     if reason is not None:
         return Row(candidate.name, candidate.kind, reason=f"its replacement does not agree: {reason}")
     candidate.module.__dict__["forward"] = member
-    return Row(candidate.name, candidate.kind, "lora_linear", "one operator call")
+    return Row(candidate.name, candidate.kind, operator, "one operator call")
 
 
 def _check_model(seen: Any, groups: list[Group]) -> str | None:

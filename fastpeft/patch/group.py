@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import lora_linear, lora_linear_group
+from ..ops import dora_linear, lora_linear, lora_linear_group
 from ..ops.lora_linear import NATIVE_ELEMENTS
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
 from .stacking import Stack
@@ -63,7 +63,7 @@ class Forward:
 
 
 class LoraForward(Forward):
-    """The forward of a LoRA linear layer: one call of `ops.lora_linear`, where its conditions hold."""
+    """The forward of a LoRA or DoRA linear layer: one operator call, where its conditions hold."""
 
     __slots__ = ("group", "index", "native", "reading", "refused")
 
@@ -91,7 +91,7 @@ class LoraForward(Forward):
 
     def alone(self, x: Any) -> Tensor | None:
         """The operator on this layer only; None where the layer's own forward must run."""
-        operands = self.operands()
+        operands = self.current()
         if (
             operands is None
             or operands[2] is None
@@ -99,9 +99,17 @@ class LoraForward(Forward):
             or torch._C._get_tracing_state() is not None
         ):
             return None
+        if self.reading.dora:
+            weight, bias, A, B, scaling, p = operands
+            return dora_linear(x, weight, bias, A, B, self.reading.magnitude, scaling, p)  # type: ignore[arg-type]
         return lora_linear(x, *operands)  # type: ignore[arg-type]
 
     def operands(self) -> Operands | None:
+        """The tensors for a group's operator, which is LoRA's; None while the layer must be computed alone."""
+        found = self.current()
+        return None if self.reading.dora else found
+
+    def current(self) -> Operands | None:
         """The layer's tensors now; None while its own forward must run. Reads the layer anew if it has changed."""
         found = self.reading.operands()
         if found is None and not self.reading.holds():
@@ -136,6 +144,7 @@ class _Unread:
     """The reading of a copied layer before its first call: it never holds."""
 
     dropout = nn.Identity()
+    dora = False
 
     def __init__(self, name: str | None) -> None:
         self.name = name

@@ -44,6 +44,11 @@ class Candidate:
         return self.reading is not None and self.reading.name is not None
 
     @property
+    def dora(self) -> bool:
+        """Its adapter is DoRA, which is computed layer by layer."""
+        return self.reading is not None and self.reading.dora
+
+    @property
     def native(self) -> bool:
         """Its own forward is the operator call already."""
         return self.library == "fastpeft" and self.reading is not None and self.reading.known
@@ -121,7 +126,7 @@ def make_plan(
 ) -> Plan:
     """Groups and single layers. seen: None where the model could not be run; then every layer stands alone."""
     plan = Plan(candidates)
-    by_module = {c.module: c for c in [*candidates, *plain] if c.reason is None}
+    by_module = {c.module: c for c in [*candidates, *plain] if c.reason is None and not c.dora}
     tied = _tied(model)
     grouped: set[nn.Module] = set()
     for shared in seen.shared if seen else ():

@@ -32,14 +32,14 @@ class Unsupported(Exception):
 Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, float]
 
 
-def lora_library(module: nn.Module) -> str | None:
-    """ "fastpeft" or "peft" if `module` is that library's LoRA linear layer with its own forward, else None."""
+def lora_library(module: nn.Module, own_forward: bool = True) -> str | None:
+    """ "fastpeft" or "peft" if `module` is that library's LoRA linear layer (with its own forward), else None."""
     for library, name in (("fastpeft", "fastpeft.layers.linear"), ("peft", "peft.tuners.lora.layer")):
         cls = getattr(sys.modules.get(name), "Linear", None)
         if cls is None or not isinstance(module, cls):
             continue
         if library == "fastpeft" or type(module) is cls:
-            return library if type(module).forward is cls.forward else None
+            return library if type(module).forward is cls.forward or not own_forward else None
     return None
 
 
@@ -49,7 +49,7 @@ def is_tuner_layer(module: nn.Module) -> bool:
 
 
 class Reading:
-    """One LoRA linear layer with one active, plain, unmerged adapter, or (name None) with none that is active."""
+    """One LoRA linear layer with one active, unmerged adapter, plain or DoRA, or (name None) with none active."""
 
     def __init__(self, module: Any, name: str | None) -> None:
         modules = module._modules
@@ -61,6 +61,9 @@ class Reading:
         self._A_of, self._B_of = modules["lora_A"]._modules, modules["lora_B"]._modules
         self._dropout_of = modules["lora_dropout"]._modules
         self.A, self.B, self.dropout = (parts.get(name) for parts in (self._A_of, self._B_of, self._dropout_of))
+        self._magnitude_of = getattr(modules.get("lora_magnitude_vector"), "_modules", {})
+        self.dora = is_dora(module, name)
+        self.magnitude_module: Any = self._magnitude_of.get(name)
         self.scaling: dict[str | None, float] = module.scaling
         self.transposed = not isinstance(self.base, nn.Linear)  # a Conv1D keeps (K, N)
         self.known = type(self.base) is nn.Linear or self.transposed  # else only a trial can tell what it computes
@@ -75,6 +78,7 @@ class Reading:
             and self._A_of.get(name) is self.A
             and self._B_of.get(name) is self.B
             and self._dropout_of.get(name) is self.dropout
+            and self._magnitude_of.get(name) is self.magnitude_module
             and (name is not None or self._A_of.keys().isdisjoint(self.module.active_adapters))
         )
 
@@ -93,9 +97,15 @@ class Reading:
             or "forward" in self.base.__dict__
             or not state.get("cast_input_dtype_enabled", True)
             or _has_any_global_hook()
+            or (self.dora and self.magnitude is None)
         ):
             return None
         return self.tensors()
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """A DoRA adapter's m as it is now; None for LoRA, or where it is no longer a parameter of its module."""
+        return self.magnitude_module._parameters.get("weight") if self.dora else None
 
     def tensors(self) -> Operands | None:
         """The tensors, whatever state the layer is in; None if one is missing, or if dropout leaves nothing."""
@@ -130,7 +140,7 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
         raise Unsupported(f"{len(names)} active adapters ({', '.join(names)})")
     name = names[0] if names else None
     variant = getattr(module, "lora_variant", {}).get(name)
-    if variant is not None:
+    if variant is not None and not is_dora(module, name):
         raise Unsupported(f"the adapter is not a plain LoRA but {type(variant).__name__}")
     base = check_base(module._modules["base_layer"])
     if not {"lora_A", "lora_B", "lora_dropout"} <= module._modules.keys() or "_disable_adapters" not in state:
@@ -141,6 +151,19 @@ def read_lora(module: Any, ours: Any = None) -> Reading:
     if any(hooks_of((base, reading.A, reading.B, reading.dropout))):
         raise Unsupported("other code has registered hooks inside the layer")
     return reading
+
+
+def is_dora(module: Any, name: str | None) -> bool:
+    """Whether the adapter is DoRA as both libraries compute it on linear layers."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    for library, home, cls in (
+        ("fastpeft", "fastpeft.layers.dora", "DoraLinear"),
+        ("peft", "peft.tuners.lora.variants", "DoraLinearVariant"),
+    ):
+        known = getattr(sys.modules.get(home), cls, None)
+        if known is not None and type(variant) is known and lora_library(module, own_forward=False) == library:
+            return True
+    return False
 
 
 def _check_adapter(reading: Reading) -> None:
@@ -156,6 +179,8 @@ def _check_adapter(reading: Reading) -> None:
         raise Unsupported("lora_dropout is 1: the adapter never sees its input")
     if reading.B._parameters.get("bias") is not None:
         raise Unsupported("lora_bias: the adapter has a bias of its own")
+    if reading.dora:
+        check_tensor(reading.magnitude, "lora_magnitude_vector.weight")
     A, B = reading.A._parameters["weight"], reading.B._parameters["weight"]
     if A.dtype != B.dtype or A.device != reading.base.weight.device or B.device != A.device:
         raise Unsupported("lora_A, lora_B and the base weight differ in dtype or device")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..ops.lora_linear import NATIVE_ELEMENTS
+from ..ops.weight_norm import weight_norm
 from .group import Group, LoraForward, PlainForward
 from .reading import Operands
 
@@ -58,7 +59,7 @@ def _verify(members: Sequence[Member], replacement: Callable[[Tensor], Sequence[
     module: Any = members[0].module
     device = module.weight.device.type
     with _comparable(members), torch.autocast(device, enabled=False):
-        operands = [member.operands() for member in members]
+        operands = [m.current() if isinstance(m, LoraForward) else m.operands() for m in members]
         if any(found is None for found in operands):
             return "the layer could not be read"
         return _compare(members, [found for found in operands if found is not None], replacement)
@@ -73,7 +74,8 @@ def _compare(
     rows = max(ROWS, NATIVE_ELEMENTS // width + 1)  # enough for the operators proper
     x = torch.randn(1, rows, width, generator=generator, dtype=dtype, device=device)
     dys = [torch.randn(1, rows, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
-    adapters = [t for o in operands for t in o[2:4] if t is not None]
+    magnitudes = [m.reading.magnitude if isinstance(m, LoraForward) else None for m in members]
+    adapters = [t for o, m in zip(operands, magnitudes) for t in (*o[2:4], m) if t is not None]
     try:
         theirs = _run(x, dys, adapters, lambda x: [member.original(x) for member in members])
         ours = _run(x, dys, adapters, replacement)
@@ -82,7 +84,7 @@ def _compare(
     if ours is None or theirs is None:
         return "its conditions do not hold"
     names = ["output"] * len(members) + ["gradient of the input"] + ["gradient of an adapter weight"] * len(adapters)
-    for name, mine, other, (columns, truth) in zip(names, ours, theirs, _exact(x, dys, operands)):
+    for name, mine, other, (columns, truth) in zip(names, ours, theirs, _exact(x, dys, operands, magnitudes)):
         reason = _judge(mine, other, columns, truth)
         if reason is not None:
             return f"{name}: {reason}"
@@ -118,24 +120,39 @@ def _run(
     return [*(y.detach() for y in outs), *gradients]
 
 
-def _exact(x: Tensor, dys: list[Tensor], operands: list[Operands]) -> list[tuple[Any, Tensor]]:
-    """The same in float64, by the formulas written out: (columns, their values) of each; all columns for adapters."""
+def _exact(
+    x: Tensor, dys: list[Tensor], operands: list[Operands], magnitudes: list[Tensor | None]
+) -> list[tuple[Any, Tensor]]:
+    """The same in float64, by the formulas written out: (columns, their values) of each; all columns for A and B.
+
+    DoRA's norms, in which a float64 copy of the weight would be needed, are right to 1e-7 and not to the last bit.
+    """
     x64 = x.double()
     inputs = _sample(x.shape[-1], x)
-    outs, d_adapters, dx = [], [], torch.zeros_like(x64[..., inputs])
-    for (weight, bias, lora_A, lora_B, scaling, _), dy in zip(operands, dys):
+    d_adapters: list[tuple[Any, Tensor]] = []
+    outs, dx = [], torch.zeros_like(x64[..., inputs])
+    for (weight, bias, lora_A, lora_B, scaling, _), m, dy in zip(operands, magnitudes, dys):
         W, dy64, outputs = weight.detach(), dy.double(), _sample(weight.shape[0], x)
-        y = x64 @ W[outputs].double().T
-        if bias is not None:
-            y = y + bias.detach()[outputs].double()
-        dx += dy64 @ W[:, inputs].double()
+        y, gain, norm = x64 @ W[outputs].double().T, None, None
+        if m is not None and lora_A is not None and lora_B is not None:
+            norm = weight_norm(W, lora_A, lora_B, scaling).double()
+            gain = m.detach().double().flatten() / norm
+        d_sum = dy64 if gain is None else dy64 * gain
+        dx += d_sum @ W[:, inputs].double()
+        d_magnitude: list[tuple[Any, Tensor]] = []
         if lora_A is not None and lora_B is not None:
             A, B = lora_A.detach().double(), lora_B.detach().double()
             s = x64 @ A.T * scaling
-            ds = dy64 @ B * scaling
+            ds = d_sum @ B * scaling
             y = y + s @ B[outputs].T
             dx += ds @ A[:, inputs]
-            d_adapters += [(slice(None), (ds.mT @ x64).sum(0)), (slice(None), (dy64.mT @ s).sum(0))]
+            d_adapters += [(slice(None), (ds.mT @ x64).sum(0)), (slice(None), (d_sum.mT @ s).sum(0))]
+            if gain is not None and norm is not None:
+                d_magnitude = [(outputs, (dy64[..., outputs] * y).sum((0, 1)) / norm[outputs])]
+                y = y * gain[outputs]
+        d_adapters += d_magnitude
+        if bias is not None:
+            y = y + bias.detach()[outputs].double()
         outs.append((outputs, y))
     return [*outs, (inputs, dx), *d_adapters]
 
@@ -182,9 +199,24 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
     K, r = reading.A.in_features, reading.A.out_features
     _replace(reading.A, K**-0.5, undo)
     _replace(reading.B, _size_of_B(reading.base.weight, reading.scaling[reading.name], K, r), undo)
+    if reading.dora:
+        _move_magnitude(reading.magnitude_module, undo)
     dropout = reading.dropout
     undo.append(lambda: restore_training(dropout, before))
     before, dropout.training = dropout.training, False
+
+
+def _move_magnitude(part: Any, undo: list[Callable[[], None]]) -> None:
+    """Trainable magnitudes of other sizes in place of the module's own."""
+    weight = part._parameters["weight"]
+
+    def restore() -> None:
+        part._parameters["weight"] = weight
+
+    undo.append(restore)
+    generator = torch.Generator(weight.device).manual_seed(weight.numel())
+    factor = torch.rand(weight.shape, generator=generator, device=weight.device) + 0.8
+    part._parameters["weight"] = Parameter((weight.detach() * factor).to(weight.dtype))
 
 
 def _size_of_B(weight: Tensor, scaling: float, K: int, r: int) -> float:

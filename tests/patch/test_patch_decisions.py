@@ -101,7 +101,6 @@ def test_left_as_it_is_with_the_reason(change: Callable[[Any], None]) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "Dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens"]}, "no fused form"),
     ],
