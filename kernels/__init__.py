@@ -10,6 +10,7 @@ says, before that, whether a launch can work:
 | `lora_linear` | the operators of `ops/lora_linear.py`, one function each |
 | `lora_shrink`, `lora_expand`, `lora_outer`, `lora_wide` | the kernels behind it |
 | `lora_embedding` | forward and backward of an embedding with an adapter |
+| `dora_linear`, `weight_norm` | what DoRA does beside a base product, and the norms it divides by |
 | `philox` | dropout masks |
 """
 

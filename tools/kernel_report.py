@@ -25,7 +25,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels
 
 import torch
 import triton
-from fastpeft.kernels import _launch, lora_embedding, lora_linear, philox
+from fastpeft.kernels import _launch, dora_linear, lora_embedding, lora_linear, philox, weight_norm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -127,6 +127,24 @@ def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
+def _dora(
+    operator: str, r: int, y: torch.dtype = BF16, b: torch.dtype | None = None, N: int = 4096, bias: bool = True
+) -> Callable[[], object]:
+    def call() -> object:
+        new, seed = torch.empty, torch.zeros(1, dtype=torch.int64)
+        Y, S, B, gain = new(4096, N, dtype=y), new(4096, r, dtype=b or y), new(N, r, dtype=b or y), new(N)
+        A, W, v = new(r, 4096, dtype=b or y), new(N, 4096, dtype=y), new(N, dtype=y) if bias else None
+        return {
+            "expand": lambda: dora_linear.dora_expand_(Y, S, B, gain, v),
+            "mix": lambda: dora_linear.dora_mix_(Y, Y, S, B, gain, v),
+            "backward": lambda: dora_linear.dora_expand_backward(Y, Y, v, S, B, gain, gain, Y),
+            "dropout": lambda: dora_linear.dropout_add_(Y, dora_linear.dropout(Y, 0.05, seed, 1), 0.05, seed, 1),
+            "norm": lambda: weight_norm.weight_norm(W, A, B, 2.0),
+        }[operator]()
+
+    return call
+
+
 # What is worth compiling: every kernel, in each of the tile configurations that its launcher can choose.
 CASES: dict[str, Callable[[], object]] = {
     "philox mask": lambda: philox.dropout_mask(torch.zeros(1, dtype=torch.int64), 64, 4096, 0, 0.05),
@@ -187,6 +205,23 @@ CASES: dict[str, Callable[[], object]] = {
     "wide_backward r64 x3 bf16 W fp32 A dropout": _linear("wide_backward", 64, 3, p=0.05, a=FP32),
     "wide_backward r16 N odd": _linear("wide_backward", 16, p=0.05, N=4095),
     "wide_backward r16 fp32 dropout": _linear("wide_backward", 16, p=0.05, x=FP32),
+    "dora expand r16": _dora("expand", 16),
+    "dora expand r16 fp32": _dora("expand", 16, FP32),
+    "dora expand r512": _dora("expand", 512),
+    "dora mix r16": _dora("mix", 16),
+    "dora mix r16 bf16 y fp32 B": _dora("mix", 16, b=FP32),
+    "dora backward r16": _dora("backward", 16),
+    "dora backward r64": _dora("backward", 64),
+    "dora backward r128": _dora("backward", 128),
+    "dora backward r512": _dora("backward", 512),
+    "dora backward r16 bf16 dy fp32 B": _dora("backward", 16, b=FP32),
+    "dora backward r32 fp32": _dora("backward", 32, FP32),
+    "dora backward r16 N odd": _dora("backward", 16, N=4095),
+    "dora dropout": _dora("dropout", 16),
+    "weight_norm r16": _dora("norm", 16),
+    "weight_norm r384": _dora("norm", 384),
+    "weight_norm r16 bf16 W fp32 A": _dora("norm", 16, b=FP32),
+    "weight_norm r64 fp32": _dora("norm", 64, FP32),
     "embedding r16": _embedding(16, BF16),
     "embedding r64": _embedding(64, BF16),
     "embedding r16 fp32": _embedding(16, FP32),

@@ -154,12 +154,14 @@ define(
     "(Tensor(a!) y, Tensor s, Tensor B, Tensor gain, Tensor? bias) -> ()",
     reference=expand_reference,
     fake=_in_place_fake,
+    kernels="dora_linear",
 )
 define(
     "dora_mix_",
     "(Tensor(a!) y, Tensor(b!) u, Tensor s, Tensor B, Tensor gain, Tensor? bias) -> ()",
     reference=mix_reference,
     fake=_in_place_fake,
+    kernels="dora_linear",
 )
 define(
     "dora_expand_backward",
@@ -167,18 +169,21 @@ define(
     " -> (Tensor ds, Tensor dB, Tensor sums)",
     reference=expand_backward_reference,
     fake=_expand_backward_fake,
+    kernels="dora_linear",
 )
 define(
     "dropout",
     "(Tensor x, float p, Tensor seed, int member) -> Tensor",
     reference=dropout_reference,
     fake=_dropout_fake,
+    kernels="dora_linear",
 )
 define(
     "dropout_add_",
     "(Tensor(a!) dx, Tensor v, float p, Tensor seed, int member) -> ()",
     reference=dropout_add_reference,
     fake=_in_place_fake,
+    kernels="dora_linear",
 )
 define(
     "dora_drop_",

@@ -112,4 +112,5 @@ define(
     "(Tensor weight, Tensor A, Tensor B, float scaling) -> Tensor",
     reference=reference,
     fake=_fake,
+    kernels="weight_norm",
 )

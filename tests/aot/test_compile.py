@@ -31,6 +31,11 @@ CASES = (
     "wide r16 fp32",
     "wide_backward r16 x3 dropout",
     "embedding r16",
+    "dora mix r16",
+    "dora backward r16",
+    "dora backward r128",
+    "dora dropout",
+    "weight_norm r384",
 )
 TARGETS = (80, 90, 100, 120)
 
