@@ -53,6 +53,31 @@ struct LoraLinearKernels {
   );
 };
 
+// w.data and dx.data may be null: see lora_linear_small.h.
+struct LoraLinearSmallKernels {
+  void (*forward)(
+      const Matrix& x,
+      const Matrix& w,
+      const Matrix& bias,
+      const Matrix& a,
+      const Matrix& b,
+      float scaling,
+      const Matrix& y
+  );
+  void (*backward)(
+      const Matrix& dy,
+      const Matrix& x,
+      const Matrix& w,
+      const Matrix& a,
+      const Matrix& b,
+      float scaling,
+      const Matrix& dx,
+      const Matrix& da,
+      const Matrix& db,
+      ParallelFor parallel
+  );
+};
+
 struct LoraEmbeddingKernels {
   void (*forward)(
       const int64_t* indices,
@@ -256,6 +281,7 @@ struct RopeKernels {
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
+  LoraLinearSmallKernels lora_linear_small;
   LoraEmbeddingKernels lora_embedding;
   WeightNormKernels weight_norm;
   DoraLinearKernels dora_linear;

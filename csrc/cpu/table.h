@@ -5,6 +5,7 @@
 #include "glu.h"
 #include "layer_norm.h"
 #include "lora_embedding.h"
+#include "lora_linear_small.h"
 #include "rms_norm.h"
 #include "rope.h"
 
@@ -18,6 +19,7 @@ namespace fastpeft {
 const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_TEXT(FASTPEFT_ISA),
     FASTPEFT_ISA::lora_linear_kernels,
+    FASTPEFT_ISA::lora_linear_small_kernels,
     FASTPEFT_ISA::lora_embedding_kernels,
     FASTPEFT_ISA::weight_norm_kernels,
     FASTPEFT_ISA::dora_linear_kernels,

@@ -82,6 +82,7 @@ FASTPEFT_INLINE Vec set(float x) { return _mm512_set1_ps(x); }
 FASTPEFT_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 FASTPEFT_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 FASTPEFT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+FASTPEFT_INLINE float total(Vec x) { return _mm512_reduce_add_ps(x); }
 
 FASTPEFT_INLINE Vec widen(__m256i x, const bf16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
@@ -141,6 +142,11 @@ FASTPEFT_INLINE Vec set(float x) { return _mm256_set1_ps(x); }
 FASTPEFT_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 FASTPEFT_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 FASTPEFT_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+FASTPEFT_INLINE float total(Vec x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
 
 FASTPEFT_INLINE Vec widen(__m128i x, const bf16*) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
@@ -201,6 +207,9 @@ FASTPEFT_INLINE Vec set(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 FASTPEFT_INLINE Vec add(Vec a, Vec b) { return a + b; }
 FASTPEFT_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 FASTPEFT_INLINE Vec fma(Vec a, Vec b, Vec c) { return c + a * b; }
+FASTPEFT_INLINE float total(Vec x) {
+  return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
 
 template <typename T>
 FASTPEFT_INLINE Vec load(const T* p, int n) {

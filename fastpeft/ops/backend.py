@@ -65,6 +65,11 @@ def route(device: torch.device) -> str:
     return _forced
 
 
+def native_calls() -> bool:
+    """Whether operators on CPU tensors run on the C++ kernels now."""
+    return _extension is not None and (_forced is None or _forced == "cpu")
+
+
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force one backend within a `with` block, for the whole process: one of `NAMES`; "auto" forces none.
