@@ -278,6 +278,23 @@ struct RopeKernels {
   void (*rotate)(const RopeCall& call, ParallelFor parallel);
 };
 
+// A tile of logits, the columns first … of `rows` rows. state: four vectors of that length, cross_entropy.py's `state` or
+// `rows`. acc.data may be null.
+struct CrossEntropyTile {
+  Matrix z;
+  int64_t rows;
+  const int64_t* labels;
+  int64_t first;
+  float scale, cap, slack;
+  float* state;
+  Matrix acc;
+};
+
+struct CrossEntropyKernels {
+  void (*accumulate)(const CrossEntropyTile& tile, ParallelFor parallel);
+  void (*gradient)(const CrossEntropyTile& tile, ParallelFor parallel);
+};
+
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
@@ -289,6 +306,7 @@ struct Kernels {
   NormKernels layer_norm;
   GluKernels glu;
   RopeKernels rope;
+  CrossEntropyKernels cross_entropy;
 };
 
 extern const Kernels kernels_scalar;
