@@ -55,10 +55,10 @@ def test_tiles_one_after_another(
             first += z.shape[1]
         state[0].clamp_min_(-1e4)  # a row of nothing but its label
         found.append([state[0], state[1], state[2], state[3], *([acc] if acc is not None else []), *zs])
-    # What cancels: the sum of x, and in 1 - t², by which the exponentials are multiplied.
+    # What cancels: the sum of x, and in 1 - t², by which the exponentials are multiplied. Of x, the rounding of x is part.
     x = torch.cat([logits_and_slope(z.double(), scale, cap)[0] for z in tiles], dim=1)
-    top = torch.exp(x.amax(1) - found[2][0]).clamp_min(1.0)
-    magnitudes = [None, None, None, x.abs().sum(1), *[top] * 4]
+    top = torch.exp(x.amax(1) - found[2][0]).clamp_min(1.0) * x.abs().amax(1).clamp_min(1.0)
+    magnitudes = [None, top, None, x.abs().sum(1), *[top] * 4]
     for ours, theirs, exact, magnitude in zip(*found, magnitudes):
         no_worse(ours, theirs, exact, magnitude)
     assert torch.equal(found[0][0], found[1][0]) or cap
@@ -74,7 +74,7 @@ def test_tiles_one_after_another(
         gradient_reference(three[2], labels, first, scale, cap, given_rows.double())
         x, _ = logits_and_slope(tile.double(), scale, cap)
         a, b, c = given_rows.double()[1:].unsqueeze(2).unbind(0)
-        magnitude = (a * torch.exp(x - given_rows[0].double().unsqueeze(1)) + b).maximum(c.abs())
+        magnitude = (a * torch.exp(x - given_rows[0].double().unsqueeze(1)) * x.abs() + b).maximum(c.abs())
         no_worse(*three, magnitude)
         first += tile.shape[1]
 
