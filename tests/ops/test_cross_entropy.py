@@ -55,7 +55,7 @@ def test_tiles_one_after_another(
             first += z.shape[1]
         state[0].clamp_min_(-1e4)  # a row of nothing but its label
         found.append([state[0], state[1], state[2], state[3], *([acc] if acc is not None else []), *zs])
-    # What cancels: the sum of x, and in 1 - t², by which the exponentials are multiplied. Of x, the rounding of x is part.
+    # What cancels: the sum of x, and in 1 - t², by which exponentials are multiplied. A rounding of x is part of each.
     x = torch.cat([logits_and_slope(z.double(), scale, cap)[0] for z in tiles], dim=1)
     top = torch.exp(x.amax(1) - found[2][0]).clamp_min(1.0) * x.abs().amax(1).clamp_min(1.0)
     magnitudes = [None, top, None, x.abs().sum(1), *[top] * 4]
