@@ -11,6 +11,7 @@ says, before that, whether a launch can work:
 | `lora_shrink`, `lora_expand`, `lora_outer`, `lora_wide` | the kernels behind it |
 | `lora_embedding` | forward and backward of an embedding with an adapter |
 | `dora_linear`, `weight_norm` | what DoRA does beside a base product, and the norms it divides by |
+| `rms_norm`, `layer_norm` | the norms; the kernels behind them are in `norm` and `norm_shrink` |
 | `philox` | dropout masks |
 """
 

@@ -30,7 +30,17 @@ OPERANDS = {
     "_expand_backward_kernel": (("p_dy", "p_s", "p_b"), ("p_ds", "p_db")),
     "_shrink_backward_kernel": (("p_ds", "p_x", "p_a", "p_dx"), ("p_da", "p_dx")),
     "_outer_kernel": (("p_t", "p_x"), ("p_out",)),
-    "sum_parts_kernel": (("p_parts",), ("p_out",)),
+    "sum_parts_kernel": (("p_parts", "p_parts2"), ("p_out", "p_out2")),
+    "_norm_kernel": (("p_x", "p_r", "p_w", "p_b"), ("p_y", "p_h", "p_mean", "p_rstd")),
+    "_norm_backward_kernel": (("p_dy", "p_x", "p_dh", "p_w", "p_mean", "p_rstd"), ("p_dx", "p_dw", "p_db")),
+    "_parameters_kernel": (("p_dy", "p_x", "p_mean", "p_rstd"), ("p_dw", "p_db")),
+    "_norm_shrink_kernel": (("p_x", "p_w", "p_b", "p_a"), ("p_y", "p_s", "p_mean", "p_rstd")),
+    "_norm_shrink_backward_kernel": (
+        ("p_dy", "p_ds", "p_x", "p_w", "p_a", "p_mean", "p_rstd"),
+        ("p_dx", "p_dw", "p_db"),
+    ),
+    "_norm_outer_kernel": (("p_ds", "p_x", "p_w", "p_b", "p_mean", "p_rstd"), ("p_da",)),
+    "_remake_kernel": (("p_x", "p_w", "p_b", "p_mean", "p_rstd"), ("p_y",)),
     "_wide_kernel": (("p_x", "p_w", "p_bias", "p_s", "p_b"), ("p_y",)),
     "_wide_backward_kernel": (("p_dy", "p_w", "p_ds", "p_a"), ("p_dx",)),
 }
@@ -54,8 +64,8 @@ def recording(multiprocessors: int = 132, shared_bytes: int = 227 * 1024) -> Ite
             reads, writes = ("p_ds", "p_x"), ("p_da",)
         operands: dict[str, tuple[int, int]] = {}
         for name in (*reads, *writes):
-            if named[name] is None:
-                continue
+            if named[name] is None or (name.endswith("2") and named[name] is named[name[:-1]]):
+                continue  # the second pass of one reduction has the same one twice
             elements, size = operands.get(name, (0, 0))
             operands[name] = elements + named[name].numel(), size + named[name].nbytes
         log.append((self.__name__.strip("_"), operands))

@@ -25,7 +25,16 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels
 
 import torch
 import triton
-from fastpeft.kernels import _launch, dora_linear, lora_embedding, lora_linear, philox, weight_norm
+from fastpeft.kernels import (
+    _launch,
+    dora_linear,
+    layer_norm,
+    lora_embedding,
+    lora_linear,
+    philox,
+    rms_norm,
+    weight_norm,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -145,6 +154,32 @@ def _dora(
     return call
 
 
+def _norm(
+    kind: str, operator: str, K: int, x: torch.dtype = BF16, a: torch.dtype | None = None, r: int = 16,
+    members: int = 1, p: float = 0.0, grads: bool = True, M: int = 4096,
+) -> Callable[[], object]:  # fmt: skip
+    """One operator of `kind`, in its longest form: residual or d_h, and with `grads` the parameters' gradients."""
+    a = a or x
+
+    def call() -> object:
+        X, A, S = (torch.empty(*s, dtype=t) for s, t in (((M, K), x), ((members * r, K), a), ((M, members * r), a)))
+        w, rstd, seed = torch.empty(K, dtype=x), torch.empty(M), torch.zeros(1, dtype=torch.int64) if p else None
+        centred = kind == "layer_norm"
+        module, norm = (layer_norm, (w, w)) if centred else (rms_norm, (w,))
+        kept, need = (X, rstd, rstd) if centred else (X, rstd), (grads,) * len(norm)
+        shrink = (A, [2.0] * members, p, seed, x)
+        arguments = {
+            "": (X, *norm, 1e-6, 0.0, x),
+            "_add": (X, X, *norm, 1e-6, 0.0, x),
+            "_backward": (X, *kept, *norm, 0.0, X, *need),
+            "_shrink": (X, *norm, 1e-6, 0.0, *shrink),
+            "_shrink_backward": (X, S, *kept, *norm, 0.0, *shrink, True, *need),
+        }[operator]
+        return getattr(module, kind + operator)(*arguments)
+
+    return call
+
+
 # What is worth compiling: every kernel, in each of the tile configurations that its launcher can choose.
 CASES: dict[str, Callable[[], object]] = {
     "philox mask": lambda: philox.dropout_mask(torch.zeros(1, dtype=torch.int64), 64, 4096, 0, 0.05),
@@ -225,6 +260,32 @@ CASES: dict[str, Callable[[], object]] = {
     "embedding r16": _embedding(16, BF16),
     "embedding r64": _embedding(64, BF16),
     "embedding r16 fp32": _embedding(16, FP32),
+    **{f"rms_norm K {K}": _norm("rms_norm", "_add", K) for K in (128, 576, 4096, 8192, 16384, 20480)},
+    **{f"layer_norm K {K}": _norm("layer_norm", "", K) for K in (576, 4096, 8192, 20480)},
+    "layer_norm K 4096 fp32": _norm("layer_norm", "_add", 4096, FP32),
+    **{f"rms_norm_backward K {K}": _norm("rms_norm", "_backward", K) for K in (128, 576, 4096, 8192, 16384, 20480)},
+    **{f"layer_norm_backward K {K}": _norm("layer_norm", "_backward", K) for K in (576, 4096, 8192, 20480)},
+    "layer_norm_backward K 8192 fp32": _norm("layer_norm", "_backward", 8192, FP32),
+    "rms_norm_backward K 16384 frozen": _norm("rms_norm", "_backward", 16384, grads=False),
+    **{f"rms_norm_shrink K {K} r16": _norm("rms_norm", "_shrink", K) for K in (576, 4096, 8192)},
+    "rms_norm_shrink K 4096 r16 x3 dropout": _norm("rms_norm", "_shrink", 4096, members=3, p=0.05),
+    "rms_norm_shrink K 4096 r16 x3 fp32 A dropout": _norm("rms_norm", "_shrink", 4096, a=FP32, members=3, p=0.05),
+    "rms_norm_shrink K 4096 r64 x2 fp32 dropout": _norm("rms_norm", "_shrink", 4096, FP32, r=64, members=2, p=0.05),
+    "layer_norm_shrink K 4096 r16 x3 dropout": _norm("layer_norm", "_shrink", 4096, members=3, p=0.05),
+    **{f"rms_norm_shrink_backward K {K} r16": _norm("rms_norm", "_shrink_backward", K) for K in (576, 4096, 8192)},
+    "rms_norm_shrink_backward K 4096 r64 x3": _norm("rms_norm", "_shrink_backward", 4096, r=64, members=3),
+    "rms_norm_shrink_backward K 4096 r16 x3 dropout": _norm(
+        "rms_norm", "_shrink_backward", 4096, members=3, p=0.05, grads=False
+    ),
+    "layer_norm_shrink_backward K 4096 r16 x3 dropout": _norm(
+        "layer_norm", "_shrink_backward", 4096, members=3, p=0.05
+    ),
+    "rms_norm_shrink_backward K 4096 r16 x3 fp32 A dropout": _norm(
+        "rms_norm", "_shrink_backward", 4096, a=FP32, members=3, p=0.05
+    ),
+    "layer_norm_shrink_backward K 4096 r32 x2 fp32 dropout": _norm(
+        "layer_norm", "_shrink_backward", 4096, FP32, r=32, members=2, p=0.05
+    ),
 }
 
 

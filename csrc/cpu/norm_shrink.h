@@ -131,6 +131,13 @@ static void norm_shrink_backward(
         const Matrix tile = {place, rows, k, in_place ? dx.stride : k_row, DType::f32};
         for (int64_t column = 0; column < k; column += PANEL) {
           const int64_t columns = smaller(PANEL, k - column), wide = round_up(columns, W);
+          // Rows of a panel lie far apart, which the processor's prefetcher does not guess.
+          const int64_t ahead = column + PANEL < k ? column + PANEL : 0, ahead_row = ahead > 0 ? row : row + PART;
+          if (ahead_row < last) {
+            const int64_t ahead_rows = smaller(PART, last - ahead_row), ahead_columns = smaller(PANEL, k - ahead);
+            prefetch(x, ahead_row, ahead_rows, ahead, ahead_columns);
+            if (adds) prefetch(dy, ahead_row, ahead_rows, ahead, ahead_columns);
+          }
           remake(norm, affine, x, row, rows, column, columns, y_part, PANEL);
           if (adds) stage(dy, row, rows, column, columns, nullptr, false, place + column, tile.stride);
           for (int64_t g = 0; g < members; ++g) {

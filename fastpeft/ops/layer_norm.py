@@ -283,12 +283,14 @@ define(
     f"(Tensor x, {_NORM}, ScalarType out_dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
     reference=reference,
     fake=_fake,
+    kernels="layer_norm",
 )
 define(
     "layer_norm_add",
     f"(Tensor x, Tensor residual, {_NORM}, ScalarType out_dtype) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     reference=add_reference,
     fake=_add_fake,
+    kernels="layer_norm",
 )
 define(
     "layer_norm_backward",
@@ -296,6 +298,7 @@ define(
     "bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=backward_reference,
     fake=_backward_fake,
+    kernels="layer_norm",
 )
 define(
     "layer_norm_shrink",
@@ -303,6 +306,7 @@ define(
     "-> (Tensor y, Tensor mean, Tensor rstd, Tensor s)",
     reference=shrink_reference,
     fake=_shrink_fake,
+    kernels="layer_norm",
 )
 define(
     "layer_norm_shrink_backward",
@@ -311,6 +315,7 @@ define(
     "-> (Tensor dx, Tensor dA, Tensor dweight, Tensor dbias)",
     reference=shrink_backward_reference,
     fake=_shrink_backward_fake,
+    kernels="layer_norm",
 )
 
 

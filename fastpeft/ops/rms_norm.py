@@ -221,6 +221,7 @@ define(
     "(Tensor x, Tensor? weight, float eps, float offset, ScalarType out_dtype) -> (Tensor y, Tensor rstd)",
     reference=reference,
     fake=_fake,
+    kernels="rms_norm",
 )
 define(
     "rms_norm_add",
@@ -228,6 +229,7 @@ define(
     "-> (Tensor y, Tensor h, Tensor rstd)",
     reference=add_reference,
     fake=_add_fake,
+    kernels="rms_norm",
 )
 define(
     "rms_norm_backward",
@@ -235,6 +237,7 @@ define(
     "-> (Tensor dx, Tensor dweight)",
     reference=backward_reference,
     fake=_backward_fake,
+    kernels="rms_norm",
 )
 define(
     "rms_norm_shrink",
@@ -242,6 +245,7 @@ define(
     "ScalarType out_dtype) -> (Tensor y, Tensor rstd, Tensor s)",
     reference=shrink_reference,
     fake=_shrink_fake,
+    kernels="rms_norm",
 )
 define(
     "rms_norm_shrink_backward",
@@ -249,6 +253,7 @@ define(
     "Tensor? seed, ScalarType out_dtype, bool need_dx, bool need_weight) -> (Tensor dx, Tensor dA, Tensor dweight)",
     reference=shrink_backward_reference,
     fake=_shrink_backward_fake,
+    kernels="rms_norm",
 )
 
 

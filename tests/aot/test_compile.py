@@ -36,6 +36,14 @@ CASES = (
     "dora backward r128",
     "dora dropout",
     "weight_norm r384",
+    "rms_norm K 4096",
+    "layer_norm K 8192",
+    "rms_norm_backward K 576",
+    "layer_norm_backward K 8192",
+    "rms_norm_backward K 16384",
+    "rms_norm_shrink K 4096 r16 x3 dropout",
+    "rms_norm_shrink_backward K 4096 r64 x3",
+    "layer_norm_shrink_backward K 4096 r16 x3 dropout",
 )
 TARGETS = (80, 90, 100, 120)
 
@@ -68,7 +76,8 @@ def test_no_kernel_spills(rows, target):
     compiled = [row for row in rows if row["target"] == target]
     assert {row["kernel"] for row in compiled} >= {
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "wide", "wide_backward",
-        "gather", "embedding", "scatter",
+        "gather", "embedding", "scatter", "norm", "norm_backward", "parameters", "remake", "norm_shrink",
+        "norm_shrink_backward", "norm_outer",
     }  # fmt: skip
     assert not [row for row in compiled if row["spills"]]
 

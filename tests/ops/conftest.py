@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-from torch import Tensor
+import tolerance
 
 from fastpeft.ops.backend import cpu_extension
 
@@ -28,23 +27,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def no_worse() -> Callable[..., None]:
-    """no_worse(ours, torchs, exact): our error against float64 is at most twice that of PyTorch in the same dtype.
-
-    One rounding of the largest value is granted besides, and one fp32 rounding of the largest sum of magnitudes where
-    `magnitude` has those sums: PyTorch may happen to be exact.
-    """
-
-    def check(ours: Tensor, torchs: Tensor, exact: Tensor, magnitude: Tensor | None = None) -> None:
-        assert ours.dtype == torchs.dtype and ours.shape == exact.shape
-        if ours.numel() == 0:
-            return
-        theirs = (torchs.double() - exact).abs().max().item()
-        unit = torch.finfo(ours.dtype).eps * exact.abs().max().item()
-        if magnitude is not None:
-            unit += torch.finfo(torch.float32).eps * magnitude.abs().max().item()
-        assert (ours.double() - exact).abs().max().item() <= 2 * theirs + unit
-
-    return check
+    """tolerance.no_worse(ours, torchs, exact, magnitude)."""
+    return tolerance.no_worse
 
 
 @pytest.fixture

@@ -18,11 +18,39 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "ops"), str(Path(__file__).paren
 import ptxsim
 import torch
 from count_traffic import recording
+from norm_operands import norm_case
 from test_lora_embedding_triton import test_equals_the_reference as embedding_equals_the_reference
 from test_lora_linear_triton import BF16, FP16, FP32, Case, check
+from test_norms_triton import FUNCTIONS, KINDS
+from test_norms_triton import check as check_norm
+from test_norms_triton import launch as launch_norm
 from test_philox_triton import test_mask_is_the_references as mask_is_the_references
+from tolerance import no_worse
+
+from fastpeft.ops.backend import OPS
 
 CPU = torch.device("cpu")
+
+
+def norms(rows: int, columns: int, *dtypes: torch.dtype, members: int, rank: int, p: float, gap: int) -> None:
+    """Both norms, alone and with the narrow products: x, y, adapters and parameters of these dtypes."""
+    for kind in KINDS:
+        check_norm(kind, no_worse, norm_case(rows, columns, *dtypes, members=members, rank=rank, p=p, gap=gap))
+
+
+def norms_of_long_rows() -> None:
+    """Longer than what stays in registers: dweight and dbias by a kernel of their own."""
+    x, dy, w = (torch.randn(*shape).to(BF16) for shape in ((2, 16400), (2, 16400), (16400,)))
+    for kind in KINDS:
+        ops, parameters = FUNCTIONS[kind][0], (w, w) if kind == "layer_norm" else (w,)
+        found = []
+        for implementation in (ops, OPS["reference"]):
+            y, *kept = getattr(implementation, kind)(x, *parameters, 1e-5, 0.0, BF16)
+            backward = getattr(implementation, f"{kind}_backward")
+            found.append([y, *backward(dy, x, *kept, *parameters, 0.0, None, *[True] * len(parameters))])
+        torch.testing.assert_close(*found)
+
+
 CASES = {
     "philox": lambda: mask_is_the_references(17, 515, 2, 0.05, 1234567890123456789, CPU),
     "aligned": lambda: check(Case(128, 256, [256], 16, pad=16)),
@@ -33,6 +61,12 @@ CASES = {
     "rank 160": lambda: check(Case(40, 96, [64], 160, 0.1)),
     "one row": lambda: check(Case(1, 128, [64], 16)),
     "split sums": lambda: check(Case(160, 2304, [288], 16, pad=0)),
+    "norms": lambda: norms(32, 192, BF16, BF16, BF16, BF16, members=2, rank=16, p=0.1, gap=16),
+    "norms 576": lambda: norms(16, 576, BF16, BF16, BF16, BF16, members=1, rank=16, p=0.0, gap=0),
+    "norms 8192": lambda: norms(3, 8192, BF16, BF16, BF16, BF16, members=1, rank=16, p=0.0, gap=0),
+    "norms fp32": lambda: norms(16, 576, FP32, FP32, FP32, FP32, members=1, rank=16, p=0.1, gap=16),
+    "odd norms": lambda: norms(9, 51, FP16, FP16, FP32, FP16, members=5, rank=3, p=0.1, gap=3),
+    "norms of long rows": norms_of_long_rows,
     "embedding": lambda: embedding_equals_the_reference(150, 3, 48, 16, -1, BF16, BF16, torch.int64, CPU),
 }
 
@@ -59,8 +93,13 @@ def main() -> None:
     # The same launches by tools/count_traffic.py, on the multiprocessors that CPU tensors are given.
     with recording(108, 163 * 1024) as log:
         Case(128, 256, [256], 16, pad=16).triton()
-    for row, (_, operands) in zip(out["aligned"], log, strict=True):
-        row["counted"] = sum(size for _, size in operands.values())
+        first = len(log)
+        for kind in KINDS:
+            case = norm_case(32, 192, BF16, BF16, BF16, BF16, members=2, rank=16, p=0.1, gap=16)
+            launch_norm(kind, case)
+    for rows, some in ((out["aligned"], log[:first]), (out["norms"], log[first:])):
+        for row, (_, operands) in zip(rows, some, strict=True):
+            row["counted"] = sum(size for _, size in operands.values())
     print(json.dumps(out))
 
 
