@@ -47,6 +47,8 @@ from .configs import (
 from .configs import (
     TaskType as TaskType,
 )
+from .convert import convert_to_lora as convert_to_lora
+from .convert import save_as_lora as save_as_lora
 from .errors import (
     AdapterFileError as AdapterFileError,
 )
@@ -90,6 +92,7 @@ from .prepare import get_eva_state_dict as get_eva_state_dict
 from .prepare import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .prepare import preprocess_corda as preprocess_corda
 from .prepare import preprocess_loraga as preprocess_loraga
+from .prepare import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .state_dict import (
     get_base_model_state_dict as get_base_model_state_dict,
 )

@@ -40,9 +40,41 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
         self.merged_gain: Tensor | None
         self.register_buffer("merged_gain", None, persistent=False)  # the g merged into the base, to take it out again
+        self.known_norm: tuple[int, Tensor] | None = None  # within DoraCaching: its number, and the norm
+
+    def train(self, mode: bool = True) -> Magnitude:
+        """Training forgets the norm that was kept for inference."""
+        self.known_norm = None
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}"
+
+
+class DoraCaching:
+    """Keep the norms of DoRA layers in evaluation: generating a token then reads each weight once, not twice.
+
+    Whoever changes weights meanwhile gets the old norms, as in PEFT, so it is off unless asked for. As a context
+    manager, or called to switch it on and off for good: `DoraCaching()(enabled=True)`. A layer in training mode keeps
+    nothing.
+    """
+
+    _switched = 0  # odd while it is on; a norm is good for the number it was kept under
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        self._before = DoraCaching._switched % 2 == 1
+        self(self.enabled)
+
+    def __exit__(self, *error: object) -> None:
+        self(self._before)
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Switch it on or off."""
+        if enabled != (DoraCaching._switched % 2 == 1):
+            DoraCaching._switched += 1
 
 
 class DoraLinear(LoraVariant):
@@ -93,10 +125,27 @@ class DoraLinear(LoraVariant):
         whole = weight.to(gain.dtype) / self._across(layer, gain)
         return whole.sub_(layer.get_delta_weight(adapter_name)).to(weight.dtype)
 
+    def supports_lora_conversion(self) -> bool:
+        """No: it scales the weight, and adds nothing of low rank to it."""
+        return False
+
+    def known_norm(self, layer: LoraLayer, adapter_name: str) -> Tensor | None:
+        """The norm where `DoraCaching` keeps it, made if it is not there yet; None where it must be made anew."""
+        number = DoraCaching._switched
+        if number % 2 == 0 or layer.training:  # type: ignore[attr-defined]
+            return None
+        magnitude: Any = layer.lora_magnitude_vector[adapter_name]
+        if magnitude.known_norm is None or magnitude.known_norm[0] != number:
+            norm = self._norm(layer, adapter_name, layer.get_base_layer().weight)
+            magnitude.known_norm = (number, norm)
+        return magnitude.known_norm[1]
+
     def _gain(self, layer: LoraLayer, adapter_name: str) -> Tensor:
         """g - 1, (N,), differentiable in m."""
         magnitude: Any = layer.lora_magnitude_vector[adapter_name].weight
-        norm = self._norm(layer, adapter_name, layer.get_base_layer().weight)
+        norm = self.known_norm(layer, adapter_name)
+        if norm is None:
+            norm = self._norm(layer, adapter_name, layer.get_base_layer().weight)
         norm = self._rounded(layer, adapter_name, norm)
         return (magnitude.flatten().to(norm.dtype) - norm) / norm
 

@@ -73,7 +73,9 @@ class Linear(LoraLayer, nn.Module):
                 weight, bias, A, B, scaling, p, magnitude = operands
                 if magnitude is None:
                     return lora_linear(x, weight, bias, A, B, scaling, p)
-                return dora_linear(x, weight, bias, A, B, magnitude, scaling, p)
+                name = self.active_adapters[0]
+                variant: Any = self.lora_variant[name]
+                return dora_linear(x, weight, bias, A, B, magnitude, scaling, p, norm=variant.known_norm(self, name))
         return super().forward(x, *args, **kwargs)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, Tensor | None] | None:

@@ -62,16 +62,20 @@ def dora_linear(
     magnitude: Tensor,
     scaling: float,
     dropout_p: float = 0.0,
+    *,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) of one layer, in the dtype of the base product.
 
     x: (..., K). weight: (N, K), any strides; frozen, or differentiated natively. lora_A: (r, K), lora_B: (N, r), r from
     1 to 512, of one floating dtype that may differ from x's. magnitude: N elements of any shape. dropout_p: applied as
-    given, so pass 0 in evaluation. Under autocast everything but the magnitude is cast as F.linear casts.
+    given, so pass 0 in evaluation. Under autocast everything but the magnitude is cast as F.linear casts. norm: what
+    `weight_norm` would return, where it is known.
 
     Raises ValueError on shapes that do not fit, on r > 512 and on dropout_p outside [0, 1].
     """
-    return dora_linear_group(x, (weight,), (bias,), (lora_A,), (lora_B,), (magnitude,), (scaling,), dropout_p)[0]
+    lists = (weight,), (bias,), (lora_A,), (lora_B,), (magnitude,), (scaling,)
+    return dora_linear_group(x, *lists, dropout_p, norms=None if norm is None else (norm,))[0]
 
 
 def dora_linear_group(
@@ -83,10 +87,13 @@ def dora_linear_group(
     magnitudes: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: float = 0.0,
+    *,
+    norms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of several projections of one input, each with a DoRA adapter of its own.
 
     Lists have one entry a projection, shapes as in `dora_linear`; ranks may differ. Each draws its own dropout mask.
+    norms: where they are known.
 
     Raises ValueError on lists or shapes that do not fit.
     """
@@ -105,7 +112,8 @@ def dora_linear_group(
     if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
         x, lora_A, lora_B = x.to(cast), [a.to(cast) for a in lora_A], [b.to(cast) for b in lora_B]
-    plan = _Plan(len(weights), tuple(float(c) for c in scaling), float(dropout_p), cast, route(device))
+    known = (None,) * len(weights) if norms is None else tuple(norms)
+    plan = _Plan(len(weights), tuple(float(c) for c in scaling), float(dropout_p), cast, route(device), known)
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) else None
     if not torch.is_grad_enabled():
         with exact(device):
@@ -121,6 +129,7 @@ class _Plan(NamedTuple):
     p: float
     cast: torch.dtype | None  # autocast's dtype, to which the base is cast in the forward and again in the backward
     backend: str
+    norms: tuple[Tensor | None, ...]  # those that are known
 
     def lists(self, tensors: Sequence[Any]) -> list[list[Any]]:
         """One flat list, cut into the lists of its kinds."""
@@ -194,12 +203,14 @@ class _Watch:
         return self._counter._version != self._version
 
 
-def gain_of(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def gain_of(
+    weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """g - 1 and n, (N,) in fp32 (float64 if an operand is).
 
     n is as exact as m is, so that m at its start gives g = 1 to the bit. A row of zeros divides by no 0.
     """
-    norm = weight_norm(weight, A, B, scaling)
+    norm = weight_norm(weight, A, B, scaling) if norm is None else norm
     norm = norm.to(magnitude.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
     return (magnitude.detach().flatten().to(norm.dtype) - norm).div_(norm).clamp_min(_SMALLEST - 1), norm
 
@@ -223,7 +234,7 @@ def _forward(
     r = s_all.shape[1] // plan.members
     outputs, kept, gains = [], [], []
     for g, (w, b, A, B, m) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes)):
-        gain, norm = gain_of(w, A, B, m, plan.scaling[g])
+        gain, norm = gain_of(w, A, B, m, plan.scaling[g], plan.norms[g])
         if plan.cast is not None:
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s = s_all[:, g * r : g * r + B.shape[1]]

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import layers
 from fastpeft.configs import LoraConfig
+from fastpeft.layers.dora import DoraCaching
 
 KINDS = {
     "linear": ("Linear", lambda: nn.Linear(24, 36), (3, 5, 24)),
@@ -242,3 +243,25 @@ def test_compiles_into_one_graph():
     shake(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
+def test_caching_in_evaluation(kind):
+    layer, x = build(kind, init_lora_weights=False).eval(), example(kind)
+    want = layer(x)
+    with DoraCaching():
+        assert torch.equal(layer(x), want)
+        factors = layer.lora_embedding_B if kind == "embedding" else layer.lora_B
+        factor = factors["default"] if kind == "embedding" else factors["default"].weight
+        factor.data.mul_(2)
+        kept = layer(x)  # the norm of before, as in PEFT
+        assert not torch.equal(kept, build(kind, init_lora_weights=False).eval()(x))
+        layer.train()
+        new = layer(x)
+        assert not torch.allclose(new, kept)
+        layer.eval()
+        assert torch.equal(layer(x), new)
+    factor.data.mul_(0.5)
+    assert torch.equal(layer(x), want)
+    with DoraCaching():
+        assert torch.equal(layer(x), want)

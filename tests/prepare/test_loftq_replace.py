@@ -1,0 +1,70 @@
+"""Adapters of a quantised model replaced so that they make up for quantising, from the unquantised file."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastpeft import replace_lora_weights_loftq
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Net(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.one, self.two = linear(64, 128), linear(128, 64)
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+
+@pytest.fixture
+def models(tmp_path):
+    """The exact model, a quantised one with adapters, and where the exact weights are."""
+    exact = Net(nn.Linear)
+    quantised = Net(lambda k, n: bnb.nn.Linear4bit(k, n, compute_dtype=torch.float32, quant_type="nf4"))
+    quantised.load_state_dict(exact.state_dict())
+    quantised = quantised.to("cpu")
+    model = peft.get_peft_model(quantised, peft.LoraConfig(r=16, lora_alpha=16, target_modules=["one", "two"]))
+    save_file(exact.state_dict(), tmp_path / "model.safetensors")
+    return exact, model, tmp_path
+
+
+def test_nearer_to_the_exact_model(models):
+    exact, model, path = models
+    x = torch.randn(50, 64)
+    before = (model(x) - exact(x)).norm()
+    replace_lora_weights_loftq(model, str(path))
+    assert (model(x) - exact(x)).norm() < 0.8 * before
+    layer = model.base_model.model.one
+    weight = layer.base_layer.weight
+    residual = exact.one.weight - bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    left = torch.linalg.svdvals(residual)[16:].square().sum().sqrt()
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close((residual - product).norm(), left, rtol=1e-3, atol=1e-6)
+
+
+def test_callback_puts_layers_back(models):
+    _, model, path = models
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+    seen = []
+    replace_lora_weights_loftq(model, str(path), callback=lambda m, name: seen.append(name) or name == "two")
+    assert seen == ["one", "two"]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert torch.equal(parameter, before[name]) == (".one." in name)
+
+
+def test_what_cannot_be(models, tmp_path):
+    _, model, _ = models
+    with pytest.raises(FileNotFoundError):
+        replace_lora_weights_loftq(model, str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match="model_path"):
+        replace_lora_weights_loftq(model)
+    with pytest.raises(ValueError, match="No bnb LoRA module"):
+        replace_lora_weights_loftq(peft.get_peft_model(Net(nn.Linear), peft.LoraConfig(target_modules=["one"])))
