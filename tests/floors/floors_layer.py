@@ -47,7 +47,9 @@ class Measured:
         return sum(n for name, n in calls.items() if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
 
 
-def lora_layer(library: str, p: float, dtype: torch.dtype, patched: bool, **options: Any) -> tuple[Any, Any]:
+def lora_layer(
+    library: str, p: float, dtype: torch.dtype, patched: bool, use_dora: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """(model, its first layer) with adapters on all seven projections."""
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN,
@@ -61,7 +63,10 @@ def lora_layer(library: str, p: float, dtype: torch.dtype, patched: bool, **opti
     module = {"peft": peft, "fastpeft": fastpeft}[library]
     model = transformers.LlamaForCausalLM(config).to(dtype)
     model = module.get_peft_model(
-        model, module.LoraConfig(r=RANK, target_modules="all-linear", lora_dropout=p, init_lora_weights=False)
+        model,
+        module.LoraConfig(
+            r=RANK, target_modules="all-linear", lora_dropout=p, init_lora_weights=False, use_dora=use_dora
+        ),
     )
     model = model.to(dtype).train()
     if patched:
