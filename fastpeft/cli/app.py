@@ -59,14 +59,6 @@ class LossOn(str, enum.Enum):
     all = "all"
 
 
-class Baseline(str, enum.Enum):
-    """What `bench` compares with."""
-
-    peft = "peft"
-    eager = "eager"
-    none = "none"
-
-
 class Method(str, enum.Enum):
     """The adapters that `bench` can compare."""
 
@@ -252,8 +244,15 @@ def bench(
     model: Annotated[str | None, Option(help="Model folder, Hub id, or preset: smollm2-6l.")] = None,
     config: Annotated[Path | None, Option(help="A config.json, in place of --model: random weights.")] = None,
     baseline: Annotated[
-        Baseline, Option(help="peft: the real one; eager: our layers in plain PyTorch; none.")
-    ] = Baseline.peft,
+        str,
+        Option(
+            help="peft: the real one; compile: the same under torch.compile; eager: our layers in plain PyTorch; none. "
+            "Several with commas."
+        ),
+    ] = "peft",
+    products: Annotated[
+        bool, Option("--products", help="Also time the base model's matrix products alone: the floor.")
+    ] = False,
     method: Annotated[Method, Option(help="The adapter.")] = Method.lora,
     out: Annotated[Path, Option(help="Folder for bench.json and bench.png.")] = Path("fastpeft-bench"),
     layers: Annotated[int | None, Option(min=1, help="Only the first layers.")] = None,

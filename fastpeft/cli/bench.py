@@ -21,6 +21,7 @@ from fastpeft.cli.contenders import BenchOptions, Runner, real_peft
 from fastpeft.cli.errors import CommandError
 from fastpeft.cli.files import write_json
 from fastpeft.cli.models import shape_config
+from fastpeft.cli.products import Products
 from fastpeft.cli.record import patch_summary
 from fastpeft.measure import Contender, interleave
 
@@ -34,8 +35,8 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     quiet_libraries()
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ["fastpeft"] + ([] if options.baseline == "none" else [options.baseline])
-    if "peft" in names:
+    names = ["fastpeft", *options.baselines()]
+    if "peft" in names or "compile" in names:
         real_peft()
     shape_config(options.model, options.config, options.layers)  # a mistake is told before anything is started
     memory = {}
@@ -45,6 +46,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     with console.status("building the models"):
         runners = [Runner(name, options) for name in names]
     saved = {runner.name: runner.saved_bytes() for runner in runners}
+    timed_ones = [Contender(runner.name, runner.step) for runner in runners]
+    if options.products:
+        timed_ones.append(Contender("products", Products(options).step))
     with Progress(
         TextColumn("[bold]bench[/bold]"),
         BarColumn(),
@@ -56,7 +60,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     ) as bar:
         task = bar.add_task("", total=options.warmup + options.steps)
         times = interleave(
-            [Contender(runner.name, runner.step) for runner in runners],
+            timed_ones,
             steps=options.steps,
             warmup=options.warmup,
             device=runners[0].device,
@@ -123,24 +127,35 @@ def _report(options: BenchOptions, runner: Runner, results: list[dict[str, Any]]
         "patched": patch_summary(runner.model),
         "contenders": results,
     }
-    if len(results) == 2:
-        ours, theirs = results
-        differences = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"])]
-        report["comparison"] = {
-            "baseline": theirs["name"],
-            "speedup": times[ours["name"]].speedup_over(times[theirs["name"]]),
-            "saved_activation_ratio": _ratio(ours["saved_activation_bytes"], theirs["saved_activation_bytes"]),
-            "peak_memory_growth_ratio": _ratio(ours["peak_memory_growth_bytes"], theirs["peak_memory_growth_bytes"]),
-            "loss_differences": differences,
-            "max_loss_difference": max(differences),
+    if len(results) > 1:
+        report["comparisons"] = [_comparison(results[0], theirs, times) for theirs in results[1:]]
+        report["comparison"] = report["comparisons"][0]
+    if "products" in times:
+        floor = times["products"]
+        report["products"] = {
+            "step_seconds_median": floor.median,
+            "step_seconds": floor.seconds,
+            "ratios": {result["name"]: floor.speedup_over(times[result["name"]]) for result in results},
         }
     if theirs_version := _peft_version(results):
         report["versions"]["peft"] = theirs_version
     return report
 
 
+def _comparison(ours: dict[str, Any], theirs: dict[str, Any], times: Any) -> dict[str, Any]:
+    differences = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"])]
+    return {
+        "baseline": theirs["name"],
+        "speedup": times[ours["name"]].speedup_over(times[theirs["name"]]),
+        "saved_activation_ratio": _ratio(ours["saved_activation_bytes"], theirs["saved_activation_bytes"]),
+        "peak_memory_growth_ratio": _ratio(ours["peak_memory_growth_bytes"], theirs["peak_memory_growth_bytes"]),
+        "loss_differences": differences,
+        "max_loss_difference": max(differences),
+    }
+
+
 def _peft_version(results: list[dict[str, Any]]) -> str | None:
-    return real_peft().__version__ if any(result["name"] == "peft" for result in results) else None
+    return real_peft().__version__ if any(result["name"] in ("peft", "compile") for result in results) else None
 
 
 def _ratio(ours: float, theirs: float) -> float | None:
@@ -167,10 +182,11 @@ def _show(report: dict[str, Any]) -> None:
     for index, result in enumerate(results):
         table.add_column(result["name"], justify="right", style="bold" if index == 0 else "")
     both = report.get("comparison")
+    several = len(results) > 2
     if both:
-        table.add_column("", justify="right")
+        table.add_column(f"against {both['baseline']}" if several else "", justify="right")
 
-    def row(label: str, cells: list[str], verdict: Text | str = "") -> None:
+    def row(label: str, cells: list[Any], verdict: Text | str = "") -> None:
         table.add_row(label, *cells, *([verdict] if both else []))
 
     row(
@@ -178,6 +194,12 @@ def _show(report: dict[str, Any]) -> None:
         [_time(r["step_seconds_median"]) for r in results],
         _verdict(both["speedup"]) if both else "",
     )
+    if several:
+        row("  fastpeft is", ["", *(_verdict(other["speedup"]) for other in report["comparisons"])])
+    floor = report.get("products")
+    if floor:
+        ratios = [f"{floor['ratios'][r['name']]:.2f}×" for r in results]
+        row(f"  over the base's products, {_time(floor['step_seconds_median'])}", ratios)
     row("  half the quartile range", [f"± {_time(r['step_seconds_iqr'] / 2)}" for r in results])
     row("tokens per second", [f"{r['tokens_per_second']:,.0f}" for r in results])
     row(
@@ -200,7 +222,7 @@ def _show(report: dict[str, Any]) -> None:
     )
     console.print(table)
     if both and options["dropout"]:
-        console.print("The two draw different dropout masks, so their losses differ.", style="faint")
+        console.print("Each draws dropout masks of its own, so the losses differ.", style="faint")
 
 
 def _verdict(factor: float) -> Text:

@@ -24,6 +24,7 @@ from fastpeft.cli.errors import CommandError
 from fastpeft.cli.models import load_model, pick_device, pick_dtype, shape_config, target_modules
 from fastpeft.measure import PeakMemory, SavedActivations
 
+BASELINES = ("peft", "compile", "eager")
 _MEMORY_STEPS = 3  # the optimizer's state exists from the second on
 
 
@@ -34,6 +35,7 @@ class BenchOptions:
     model: str | None = None
     config: Path | None = None
     baseline: str = "peft"
+    products: bool = False
     method: str = "lora"
     out: Path = Path("fastpeft-bench")
     layers: int | None = None
@@ -50,6 +52,19 @@ class BenchOptions:
     dtype: str = "auto"
     threads: int | None = None
     gradient_checkpointing: bool = False
+
+    def baselines(self) -> list[str]:
+        """The baselines by name; raises CommandError for an unknown one or one named twice."""
+        names = [name.strip() for name in self.baseline.split(",") if name.strip()]
+        if names == ["none"]:
+            return []
+        for name in names:
+            if name not in BASELINES or names.count(name) > 1:
+                raise CommandError(
+                    f"--baseline {self.baseline}: give {', '.join(BASELINES)}, or several of them with commas, each "
+                    "once, or none"
+                )
+        return names
 
     def as_json(self) -> dict[str, Any]:
         """Every option in JSON's types."""
@@ -109,9 +124,10 @@ class Runner:
             "target_modules": target_modules(options.target_modules),
         }
         torch.manual_seed(options.seed)
-        if self.name == "peft":
+        if self.name in ("peft", "compile"):
             peft = real_peft()
-            return peft.get_peft_model(model, peft.LoraConfig(**fields))
+            model = peft.get_peft_model(model, peft.LoraConfig(**fields))
+            return torch.compile(model) if self.name == "compile" else model
         model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(**fields))
         if self.name == "fastpeft":
             fastpeft.patch(model)
@@ -162,7 +178,9 @@ def real_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise CommandError("--baseline peft needs peft (pip install peft); or compare with --baseline eager") from None
+        raise CommandError(
+            "--baseline peft and compile need peft (pip install peft); or compare with --baseline eager"
+        ) from None
     if getattr(peft, "__fastpeft__", False):
         raise CommandError("--baseline peft needs the real peft, but `import peft` means fastpeft in this process")
     return peft
@@ -171,6 +189,8 @@ def real_peft() -> Any:
 def measure_memory(name: str, options: BenchOptions) -> dict[str, Any]:
     """Peak memory of a few training steps in this process: held before them, at the peak, and how it was measured."""
     runner = Runner(name, options)
+    if name == "compile":
+        runner.step(0)  # what the compiler takes is not what a step takes
     gc.collect()
     with PeakMemory(runner.device) as peak:
         for index in range(_MEMORY_STEPS):

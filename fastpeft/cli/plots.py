@@ -11,7 +11,7 @@ from fastpeft import atomic
 
 _INK, _FAINT = "#1f2933", "#9aa5b1"
 COLOURS = ("#0f766e", "#c2410c")
-_CONTENDERS = ("#0f766e", "#94a3b8")
+_CONTENDERS = ("#0f766e", "#94a3b8", "#cbd5e1", "#64748b")
 
 
 def _pyplot() -> Any:

@@ -15,6 +15,7 @@ import torch
 import fastpeft
 from fastpeft.cli import bench, contenders, doctor
 from fastpeft.cli.console import console
+from fastpeft.cli.products import Products
 
 
 @pytest.fixture
@@ -134,6 +135,42 @@ def test_bench(
     else:
         assert report["comparison"]["max_loss_difference"] < 1e-4
         assert report["comparison"]["speedup"] > 0 and report["comparison"]["saved_activation_ratio"] <= 1
+
+
+def test_bench_of_several_baselines_and_the_floor(
+    fastpeft_command: Callable, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(bench, "_memory_elsewhere", contenders.measure_memory)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # a compiler takes a minute
+    options = ("bench", "--config", tiny_model / "config.json", "--out", tmp_path, "--device", "cpu")
+    small = ("--batch", 2, "--seq", 16, "--r", 4, "--steps", 2, "--warmup", 0, "--layers", 1, "--threads", 1)
+    with console.capture() as shown:
+        fastpeft_command(*options, *small, "--baseline", "peft,compile", "--products")
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert len(compiled) == 2  # for its memory and for its steps
+    assert [c["name"] for c in report["contenders"]] == ["fastpeft", "peft", "compile"]
+    assert [c["baseline"] for c in report["comparisons"]] == ["peft", "compile"]
+    assert report["comparison"] == report["comparisons"][0]
+    assert set(report["products"]["ratios"]) == {"fastpeft", "peft", "compile"}
+    assert all(ratio > 1 for ratio in report["products"]["ratios"].values())
+    said = fastpeft_command(*options, "--baseline", "peft,unsloth", code=2).output + shown.get()
+    assert "peft, compile, eager" in said and "Traceback" not in said
+
+
+def test_the_floor_is_the_products_a_step_cannot_do_without(tiny_model: Path) -> None:
+    options = contenders.BenchOptions(
+        config=tiny_model / "config.json", layers=2, batch=2, seq=16, r=4, device="cpu", dtype="float32"
+    )
+    floor = Products(options)
+    config = json.loads((tiny_model / "config.json").read_text())
+    rows, vocabulary = 32, config["vocab_size"]
+    assert len(floor.forward) == 2 * 7 + 1
+    assert len(floor.backward) == len(floor.forward) - 3  # nothing below the first q, k and v needs a gradient
+    x, weight = floor.forward[-1]
+    assert x.shape == (rows, config["hidden_size"]) and weight.shape == (config["hidden_size"], vocabulary)
+    floor.step(0)
 
 
 def test_bench_of_nothing(fastpeft_command: Callable, tmp_path: Path) -> None:
