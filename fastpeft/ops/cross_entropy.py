@@ -104,10 +104,12 @@ define(
     "(Tensor(a!) z, Tensor labels, int first, float scale, float cap, Tensor(b!) state, Tensor(c!)? acc) -> ()",
     reference=accumulate_reference,
     fake=lambda z, labels, first, scale, cap, state, acc: None,
+    kernels="cross_entropy",
 )
 define(
     "cross_entropy_gradient_",
     "(Tensor(a!) z, Tensor labels, int first, float scale, float cap, Tensor rows) -> ()",
     reference=gradient_reference,
     fake=lambda z, labels, first, scale, cap, rows: None,
+    kernels="cross_entropy",
 )
