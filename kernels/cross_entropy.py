@@ -42,7 +42,7 @@ def _logits(p_block, m_n, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first", "M"])
-def _accumulate_kernel(
+def _cross_entropy_accumulate_kernel(
     p_z, p_labels, p_state, p_acc, first, scale, cap, slack, M, N, K, stride_zm, stride_am,
     CAPPED: tl.constexpr, WRITE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _accumulate_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "M"])
-def _gradient_kernel(
+def _cross_entropy_gradient_kernel(
     p_z, p_labels, p_rows, first, scale, cap, M, N, stride_zm, CAPPED: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     i_m = tl.program_id(0).to(tl.int64)
@@ -137,7 +137,7 @@ def cross_entropy_accumulate_(
         require_unit_columns("acc", acc)
     K = 0 if acc is None else acc.shape[1]
     with on_device(z):
-        _accumulate_kernel[(z.shape[0],)](
+        _cross_entropy_accumulate_kernel[(z.shape[0],)](
             z, labels.contiguous(), state, acc, first, float(scale), float(cap), SLACK, z.shape[0], z.shape[1], K,
             z.stride(0), 0 if acc is None else acc.stride(0),
             CAPPED=cap > 0, WRITE=acc is not None, **config(8, 1, BN=_block(z.shape[1]), BK=power_of_two(K, 16, 1024)),
@@ -152,7 +152,7 @@ def cross_entropy_gradient_(
     if z.numel() == 0:
         return
     with on_device(z):
-        _gradient_kernel[(z.shape[0],)](
+        _cross_entropy_gradient_kernel[(z.shape[0],)](
             z, labels.contiguous(), rows, first, float(scale), float(cap), z.shape[0], z.shape[1], z.stride(0),
             CAPPED=cap > 0, **config(8, 1, BN=_block(z.shape[1])),
         )  # fmt: skip

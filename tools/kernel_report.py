@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels
 import torch
 import triton
 from fastpeft.kernels import (
+    cross_entropy,
     _launch,
     dora_linear,
     layer_norm,
@@ -132,6 +133,20 @@ def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
         W, A, B, dy = (torch.empty(*s, dtype=dtype) for s in ((32000, 4096), (r, 32000), (4096, r), (4096, 4096)))
         lora_embedding.lora_embedding(index, W, A, B, 2.0)
         return lora_embedding.lora_embedding_backward(dy, index, A, B, 2.0)
+
+    return call
+
+
+def _cross_entropy(operator: str, dtype: torch.dtype, cap: float = 0.0, columns: int = 8192) -> Callable[[], object]:
+    def call() -> object:
+        z, labels, state = (
+            torch.empty(4096, columns, dtype=dtype),
+            torch.zeros(4096, dtype=torch.int64),
+            torch.empty(4, 4096),
+        )
+        if operator == "gradient":
+            return cross_entropy.cross_entropy_gradient_(z, labels, 0, 1.0, cap, state)
+        return cross_entropy.cross_entropy_accumulate_(z, labels, 0, 1.0, cap, state, torch.empty(4096, 4096))
 
     return call
 
@@ -260,6 +275,11 @@ CASES: dict[str, Callable[[], object]] = {
     "embedding r16": _embedding(16, BF16),
     "embedding r64": _embedding(64, BF16),
     "embedding r16 fp32": _embedding(16, FP32),
+    "cross_entropy accumulate": _cross_entropy("accumulate", BF16),
+    "cross_entropy accumulate cap": _cross_entropy("accumulate", BF16, 30.0),
+    "cross_entropy accumulate fp32": _cross_entropy("accumulate", FP32),
+    "cross_entropy gradient": _cross_entropy("gradient", BF16),
+    "cross_entropy gradient fp32 cap columns odd": _cross_entropy("gradient", FP32, 30.0, 8191),
     **{f"rms_norm K {K}": _norm("rms_norm", "_add", K) for K in (128, 576, 4096, 8192, 16384, 20480)},
     **{f"layer_norm K {K}": _norm("layer_norm", "", K) for K in (576, 4096, 8192, 20480)},
     "layer_norm K 4096 fp32": _norm("layer_norm", "_add", 4096, FP32),

@@ -44,6 +44,8 @@ CASES = (
     "rms_norm_shrink K 4096 r16 x3 dropout",
     "rms_norm_shrink_backward K 4096 r64 x3",
     "layer_norm_shrink_backward K 4096 r16 x3 dropout",
+    "cross_entropy accumulate cap",
+    "cross_entropy gradient fp32 cap columns odd",
 )
 TARGETS = (80, 90, 100, 120)
 
@@ -77,7 +79,7 @@ def test_no_kernel_spills(rows, target):
     assert {row["kernel"] for row in compiled} >= {
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "wide", "wide_backward",
         "gather", "embedding", "scatter", "norm", "norm_backward", "parameters", "remake", "norm_shrink",
-        "norm_shrink_backward", "norm_outer",
+        "norm_shrink_backward", "norm_outer", "cross_entropy_accumulate", "cross_entropy_gradient",
     }  # fmt: skip
     assert not [row for row in compiled if row["spills"]]
 

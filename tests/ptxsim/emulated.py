@@ -19,6 +19,7 @@ import ptxsim
 import torch
 from count_traffic import recording
 from norm_operands import norm_case
+from test_cross_entropy_triton import test_equals_the_reference as cross_entropy_equals_the_reference
 from test_lora_embedding_triton import test_equals_the_reference as embedding_equals_the_reference
 from test_lora_linear_triton import BF16, FP16, FP32, Case, check
 from test_norms_triton import FUNCTIONS, KINDS
@@ -67,6 +68,8 @@ CASES = {
     "norms fp32": lambda: norms(16, 576, FP32, FP32, FP32, FP32, members=1, rank=16, p=0.1, gap=16),
     "odd norms": lambda: norms(9, 51, FP16, FP16, FP32, FP16, members=5, rank=3, p=0.1, gap=3),
     "norms of long rows": norms_of_long_rows,
+    "cross_entropy": lambda: cross_entropy_equals_the_reference(CPU, BF16, (8192,), 1.0, 0.0),
+    "odd cross_entropy": lambda: cross_entropy_equals_the_reference(CPU, FP16, (37, 130), 0.7, 4.0),
     "embedding": lambda: embedding_equals_the_reference(150, 3, 48, 16, -1, BF16, BF16, torch.int64, CPU),
 }
 

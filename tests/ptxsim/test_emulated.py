@@ -40,12 +40,22 @@ def test_results_equal_the_reference(counts):
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "sum_parts", "wide", "wide_backward",
         "gather", "embedding", "scatter",
         "norm", "norm_backward", "parameters", "remake", "norm_shrink", "norm_shrink_backward", "norm_outer",
+        "cross_entropy_accumulate", "cross_entropy_gradient",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
-    ["aligned", "aligned dropout", "fp32 adapter", "split sums", "norms 576", "norms 8192", "norms fp32"],
+    [
+        "aligned",
+        "aligned dropout",
+        "fp32 adapter",
+        "split sums",
+        "norms 576",
+        "norms 8192",
+        "norms fp32",
+        "cross_entropy",
+    ],
 )
 def test_aligned_shapes_are_coalesced_and_free_of_bank_conflicts(counts, case):
     for row in counts[case]:
@@ -59,6 +69,16 @@ def test_every_operand_is_moved_once(counts):
     """What tools/count_traffic.py takes for a launch's traffic is what the emulator saw: no byte more, none missed."""
     for row in counts["aligned"] + counts["norms"]:
         assert row["floor"] == row["counted"], row
+
+
+def test_a_tile_of_logits_is_read_and_written_once(counts):
+    """The second reading is the cache's. The rest is scalars of a row, and sums where it is rescaled."""
+    tile = 5 * 8192 * 2
+    silent, accumulate, gradient = counts["cross_entropy"]
+    for row, floor, l2 in ((silent, 1.01, 2.1), (accumulate, 2.03, 3.15), (gradient, 2.01, 2.1)):
+        assert row["floor"] <= floor * tile and row["l2"] <= l2 * tile, row
+        assert row["conflicts"] == 0 and row["load"] >= 0.93, row
+    assert accumulate["store"] >= 0.99 and gradient["store"] >= 0.99
 
 
 def test_the_big_operand_is_read_once(counts):
