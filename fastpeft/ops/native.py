@@ -37,9 +37,10 @@ def linear(
     lora_B: Sequence[Tensor | None],
     scaling: Sequence[float],
     dropout_p: float,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of a group, one a projection."""
-    outputs, member, seed = [], 0, None
+    """The outputs of a group, one a projection. seed: of the masks, where they have been drawn already."""
+    outputs, member = [], 0
     for w, bias, a, b, c in zip(weights, biases, lora_A, lora_B, scaling):
         y = F.linear(x, w, bias)
         if a is not None and b is not None:

@@ -15,19 +15,55 @@ import torch
 from torch import Tensor, nn
 
 from . import loss as losses
-from .group import Forward, Group, LoraForward, ParentForward, PlainForward
+from .forwards import Forward, LoraForward, ParentForward, PlainForward
+from .group import Group
 from .inputs import NoInput, example_call
 from .observe import observe, run_quietly
-from .plan import STACK_OPTIONS, Candidate, GroupPlan, find_candidates, find_plain, make_plan
+from .plan import (
+    STACK_OPTIONS,
+    Candidate,
+    GroupPlan,
+    Plan,
+    Source,
+    find_candidates,
+    find_plain,
+    find_sources,
+    make_plan,
+)
+from .producers import ActivationForward, NormForward, ProducerForward
 from .reading import is_tuner_layer
+from .recognise import ActivationSpec, NormSpec
 from .report import Report, Row
 from .stacking import Stack
-from .verify import verify_alone, verify_group
+from .verify import verify_alone, verify_group, verify_joined
 
 logger = logging.getLogger("fastpeft")
 
 _STATE = "_fastpeft_patch"
 FORMS = ("auto", "plain", "fused")
+BLOCKS = ("auto", "never")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `patch` that say what is to be done."""
+
+    blocks: str
+    stack: str
+    form: str
+    loss: str
+    verify: bool
+
+    def check(self) -> None:
+        """Raises ValueError on a value that is not known."""
+        for name, known in (
+            ("blocks", BLOCKS),
+            ("stack", STACK_OPTIONS),
+            ("form", FORMS),
+            ("loss", losses.LOSS_OPTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"patch: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -42,6 +78,7 @@ def patch(
     model: nn.Module,
     *,
     example_inputs: Any = None,
+    blocks: str = "auto",
     stack: str = "auto",
     form: str = "auto",
     loss: str = "auto",
@@ -51,16 +88,18 @@ def patch(
     batch: int | None = None,
     seq: int | None = None,
 ) -> nn.Module:
-    """Let the model's LoRA layers compute through fastpeft's operators; returns the same model.
+    """Let the model compute through fastpeft's operators; returns the same model.
 
-    Takes a fastpeft model, a `peft.PeftModel`, or any module with LoRA layers inside; a model without any is returned
-    as it is. Projections of one input (q/k/v, gate/up) become one operator call. What is not recognised, or does not
-    agree with the original when tried, stays as it is: see `report`. Calling it again does nothing unless adapters or
-    options changed; then everything is planned anew. `unpatch` undoes it.
+    Takes a fastpeft model, a `peft.PeftModel`, or any module, with LoRA layers inside or without. Projections of one
+    input (q/k/v, gate/up) become one operator call, norms and activations become operators, and a norm or an activation
+    is one with the projections that read its output, which then is not kept for the backward. What is not recognised,
+    or does not agree with the original when tried, stays as it is: see `report`. Calling it again does nothing unless
+    adapters or options changed; then everything is planned anew. `unpatch` undoes it.
 
     Args:
         example_inputs: a small input for one forward of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), by which shared inputs are found. Transformers models need none.
+        blocks: whether norms and activations are replaced: "auto" where they are recognised, "never".
         stack: whether base weights of a group are laid side by side and multiplied at once: "auto" where that is not
             slower and keeps no more for the backward, "always" where it is possible, "never".
         form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
@@ -74,41 +113,36 @@ def patch(
         batch, seq: with checkpoint="auto", rows of a step and tokens of a row.
 
     Raises:
-        ValueError: an unknown value for `stack`, `form`, `loss` or `checkpoint`, or arguments that do not go together.
+        ValueError: an unknown value for `blocks`, `stack`, `form`, `loss` or `checkpoint`, or arguments that do not go
+            together.
         fastpeft.memory.OverBudget: checkpoint="auto" and no plan fits into `memory`.
     """
     from ..memory import set_checkpointing
 
+    options = Options(blocks, stack, form, loss, verify)
+    options.check()
     with set_checkpointing(_root(model), checkpoint, memory, batch, seq):
-        _patch_layers(model, example_inputs, stack, form, loss, verify)
+        _patch_layers(model, example_inputs, options)
     return model
 
 
-def _patch_layers(model: nn.Module, example_inputs: Any, stack: str, form: str, loss: str, verify: bool) -> nn.Module:
-    if stack not in STACK_OPTIONS:
-        raise ValueError(f"patch: stack must be one of {', '.join(STACK_OPTIONS)}, got {stack!r}")
-    if form not in FORMS:
-        raise ValueError(f"patch: form must be one of {', '.join(FORMS)}, got {form!r}")
-    if loss not in losses.LOSS_OPTIONS:
-        raise ValueError(f"patch: loss must be one of {', '.join(losses.LOSS_OPTIONS)}, got {loss!r}")
+def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn.Module:
     root = _root(model)
     before = root.__dict__.get(_STATE)
-    fingerprint = _fingerprint(root, (stack, form, loss, verify))
-    if before is not None and before.fingerprint == fingerprint:
+    if before is not None and before.fingerprint == _fingerprint(root, options):
         return model
     unpatch(root)
-    candidates = find_candidates(root, verify)
     with torch.inference_mode(False):
         try:
-            result = _patch(root, candidates, example_inputs, stack, form, verify)
-            if loss == "auto":
-                result.rows += losses.apply(root, example_inputs, verify)
+            result = _patch(root, example_inputs, options)
+            if options.loss == "auto":
+                result.rows += losses.apply(root, example_inputs, options.verify)
         except BaseException:
             unpatch(root)
             raise
     if not result.rows:
         return model
-    root.__dict__[_STATE] = _State(_fingerprint(root, (stack, form, loss, verify)), result)
+    root.__dict__[_STATE] = _State(_fingerprint(root, options), result)
     logger.info(result.summary())
     return model
 
@@ -126,7 +160,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         forward.active = False
         if isinstance(forward, ParentForward):
             groups.update((id(group), group) for group in forward.groups)
-        elif isinstance(forward, LoraForward | PlainForward) and forward.group is not None:
+        elif isinstance(forward, LoraForward | PlainForward | ProducerForward) and forward.group is not None:
             groups[id(forward.group)] = forward.group
         _take_off(module, forward)
     for group in groups.values():
@@ -148,78 +182,160 @@ def report(model: nn.Module) -> Report:
     return state.report
 
 
-def _patch(
-    root: nn.Module, candidates: list[Candidate], example_inputs: Any, stack: str, form: str, verify: bool
-) -> Report:
+def _patch(root: nn.Module, example_inputs: Any, options: Options) -> Report:
+    candidates = find_candidates(root, options.verify)
     plain = find_plain(root)
+    names = find_sources(root) if options.blocks == "auto" else {}
     usable = [c for c in candidates if c.reason is None]
-    seen, note = (None, None)
-    if len(usable) > 1 or (usable and plain):
-        seen, note = _observe(root, [*usable, *plain], example_inputs)
-    plan = make_plan(root, candidates, plain, seen[0] if seen else None, stack)
-    plan.note = note
-    rows: dict[nn.Module, Row] = {}
-    applied: list[Group] = []
-    parents: dict[nn.Module, list[Group]] = {}
-    for planned in plan.groups:
-        group, reason = _build_group(root, planned, form, verify)
-        if group is None:
-            plan.alone += [c for c in planned.members if c.adapted]
-            logger.debug("fastpeft: no group for %s: %s", planned.members[0].name, reason)
-            continue
-        parents.setdefault(planned.caller, []).append(group)
-        applied.append(group)
-        for candidate in planned.members:
-            rows[candidate.module] = _group_row(candidate, planned, group)
-    for candidate in plan.alone:
-        rows[candidate.module] = _apply_alone(candidate, verify)
-    for parent, groups in parents.items():
-        parent.__dict__["forward"] = ParentForward(parent, groups)
-    if applied and seen is not None and verify:
-        reason = _check_model(seen, applied)
+    seen, note = None, None
+    if len(usable) > 1 or (usable and plain) or names:
+        seen, note = _observe(root, [*usable, *plain], list(names), example_inputs)
+    plan = make_plan(root, candidates, plain, names, seen[0] if seen else None, options.stack)
+    plan.note = note if candidates else None
+    if not candidates and not plan.sources:
+        return Report([], True)
+    patching = _Patching(root, plan, options)
+    patching.apply()
+    if patching.groups and seen is not None and options.verify:
+        reason = _check_model(seen, patching)
         if reason is not None:
             plan.note = f"no groups: {reason}"
-            _ungroup(root, applied, candidates, rows, verify)
-    for candidate in candidates:
-        if candidate.module not in rows:
-            rows[candidate.module] = Row(candidate.name, candidate.kind, reason=candidate.reason or "no active adapter")
-    order = {module: index for index, module in enumerate(root.modules())}
-    return Report([rows[m] for m in sorted(rows, key=lambda m: order[m])], True, plan.note)
+            patching.ungroup()
+    return Report(patching.report_rows(), True, plan.note)
 
 
-def _observe(root: nn.Module, watched: list[Candidate], example_inputs: Any) -> tuple[Any, str | None]:
+class _Patching:
+    """One run of `patch` on a model: what has been set so far, and the row that says so."""
+
+    def __init__(self, root: nn.Module, plan: Plan, options: Options) -> None:
+        self.root, self.plan, self.options = root, plan, options
+        self.rows: dict[nn.Module, Row] = {}
+        self.groups: list[Group] = []
+        self.producers: list[ProducerForward] = []
+        self._parents: dict[nn.Module, list[Group]] = {}
+
+    def apply(self) -> None:
+        """Set every planned forward that stands its trial."""
+        joined = {planned.source.module: planned for planned in self.plan.groups if planned.source is not None}
+        for source in self.plan.sources:
+            self._apply_source(source, joined.get(source.module))
+        for planned in self.plan.groups:
+            if planned.source is None:
+                self._apply_group(planned)
+        for candidate in self.plan.alone:
+            self.rows[candidate.module] = _apply_alone(candidate, self.options.verify)
+        for parent, groups in self._parents.items():
+            parent.__dict__["forward"] = ParentForward(parent, groups)
+
+    def _apply_source(self, source: Source, planned: GroupPlan | None) -> None:
+        forward: ProducerForward
+        if isinstance(source.spec, NormSpec):
+            forward = NormForward(source.module, source.spec)
+        else:
+            assert isinstance(source.spec, ActivationSpec)
+            forward = ActivationForward(source.module, source.spec, source.gated)
+        if planned is not None:
+            self._apply_group(planned, forward)
+        source.module.__dict__["forward"] = forward
+        self.producers.append(forward)
+        self.rows[source.module] = _source_row(source, planned if forward.group is not None else None)
+
+    def _apply_group(self, planned: GroupPlan, producer: ProducerForward | None = None) -> None:
+        """Set the members' forwards, if the group stands its trial; a producer gets the group. Else single layers."""
+        group, reason = _build_group(self.root, planned, self.options, producer)
+        if group is None:
+            self.plan.alone += [c for c in planned.members if c.adapted]
+            logger.debug("fastpeft: no group for %s: %s", planned.members[0].name, reason)
+            return
+        if planned.caller is not None and len(planned.members) > 1:
+            self._parents.setdefault(planned.caller, []).append(group)
+        self.groups.append(group)
+        for candidate in planned.members:
+            self.rows[candidate.module] = _group_row(candidate, planned, group)
+
+    def ungroup(self) -> None:
+        """Take all groups off: their layers, norms and activations stand alone."""
+        by_module = {c.module: c for c in self.plan.candidates}
+        sources = {source.module: source for source in self.plan.sources}
+        members = {m.module: m for group in self.groups for m in group.members}
+        for module, forward in list(_forwards(self.root)):
+            if isinstance(forward, ParentForward) or module in members:
+                forward.active = False
+                _take_off(module, forward)
+        for producer in self.producers:
+            producer.group = None
+            self.rows[producer.module] = _source_row(sources[producer.module], None)
+        for group in self.groups:
+            _dissolve(group)
+        for module in members:
+            self.rows.pop(module, None)
+            if module in by_module and by_module[module].adapted:
+                self.rows[module] = _apply_alone(by_module[module], self.options.verify)
+        self.groups = []
+
+    def report_rows(self) -> list[Row]:
+        """The rows in the order of the model's modules; a candidate without one is left."""
+        for candidate in self.plan.candidates:
+            if candidate.module not in self.rows:
+                reason = candidate.reason or "no active adapter"
+                self.rows[candidate.module] = Row(candidate.name, candidate.kind, reason=reason)
+        order = {module: index for index, module in enumerate(self.root.modules())}
+        return [self.rows[m] for m in sorted(self.rows, key=lambda m: order[m])]
+
+
+def _observe(
+    root: nn.Module, watched: list[Candidate], sources: list[nn.Module], example_inputs: Any
+) -> tuple[Any, str | None]:
     """((observation, call) or None, and why there is none)."""
     try:
         target, args, kwargs = example_call(root, example_inputs)
-        return (observe([c.module for c in watched], target, args, kwargs), (target, args, kwargs)), None
+        modules = [c.module for c in watched]
+        seen = observe(modules, target, args, kwargs, sources)
+        if sources:  # what is to be computed in one in training must be one there too
+            seen.products = observe(modules, target, args, kwargs, sources, training=True).products
+        return (seen, (target, args, kwargs)), None
     except NoInput as why:
         return None, f"no groups were looked for: {why}; pass example_inputs="
     except Exception as error:  # whatever the model's own code raises: it is not ours to judge
         return None, f"no groups were looked for: a trial forward failed with {type(error).__name__}: {error}"
 
 
-def _build_group(root: nn.Module, plan: GroupPlan, form: str, verify: bool) -> tuple[Group | None, str | None]:
+def _build_group(
+    root: nn.Module, plan: GroupPlan, options: Options, producer: ProducerForward | None
+) -> tuple[Group | None, str | None]:
     """The group with its weights laid out and its members' forwards set; (None, why) if it must not be used."""
     members: list[LoraForward | PlainForward] = []
     for candidate in plan.members:
         if candidate.reading is None:
-            members.append(PlainForward(candidate.module))  # type: ignore[arg-type]
+            members.append(PlainForward(candidate.module))
         else:
             members.append(LoraForward(candidate.module, candidate.reading, candidate.native))
-    group = Group(members, [_home(root, candidate) for candidate in plan.members])
-    group.form = form
+    names = {module: name for name, module in root.named_modules()}
+    around = [m for m in plan.between if m in names] if producer is not None else []
+    group = Group(members, [_home(root, names[m]) for m in [*(c.module for c in plan.members), *around]], around)
+    group.form = options.form
     if plan.one_product != "never":
         bases: list[Any] = [m.reading.base if isinstance(m, LoraForward) else m.module for m in members]
         group.stack = Stack([base.weight for base in bases])
         if bases[0].bias is not None:
             group.bias_stack = Stack([base.bias for base in bases])
         group.one_product = plan.one_product
-    reason = verify_group(group) if verify else None
+    reason = None
+    adapted = any(c.adapted for c in plan.members)
+    if options.verify and adapted:
+        reason = verify_group(group)
+    if options.verify and reason is None and producer is not None:
+        reason = verify_joined(group, producer)
+        if reason is not None and adapted and plan.caller is not None and len(members) > 1:
+            logger.debug("fastpeft: %s computes alone: %s", plan.members[0].name, reason)
+            reason, producer, plan.source = None, None, None  # a group all the same
     if reason is not None:
         _dissolve(group)
         return None, reason
     for member in members:
         member.module.__dict__["forward"] = member
+    if producer is not None:
+        producer.group = group
     return group, None
 
 
@@ -236,20 +352,20 @@ def _apply_alone(candidate: Candidate, verify: bool) -> Row:
     return Row(candidate.name, candidate.kind, operator, "one operator call")
 
 
-def _check_model(seen: Any, groups: list[Group]) -> str | None:
+def _check_model(seen: Any, patching: _Patching) -> str | None:
     """Run the observed forward on the patched model: does its code bear the outputs, and is the result the same?
 
     The outputs are given the strides of column blocks, which is what one product of stacked weights returns.
     """
     observation, (target, args, kwargs) = seen
-    for group in groups:
+    for group in patching.groups:
         group.probing = True
     try:
         again = run_quietly(target, args, kwargs)
     except Exception as error:
         return f"the patched model's forward fails with {type(error).__name__}: {error}"
     finally:
-        for group in groups:
+        for group in patching.groups:
             group.probing = False
     return _differ(observation.result, again)
 
@@ -274,32 +390,26 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
 
 
-def _ungroup(
-    root: nn.Module, groups: list[Group], candidates: list[Candidate], rows: dict[nn.Module, Row], verify: bool
-) -> None:
-    """Take all groups off; their layers stand alone."""
-    by_module = {c.module: c for c in candidates}
-    members = {m.module: m for group in groups for m in group.members}
-    for module, forward in list(_forwards(root)):
-        if isinstance(forward, ParentForward) or module in members:
-            forward.active = False
-            _take_off(module, forward)
-    for group in groups:
-        _dissolve(group)
-    for module in members:
-        rows.pop(module, None)
-        if module in by_module and by_module[module].adapted:
-            rows[module] = _apply_alone(by_module[module], verify)
+def _source_row(source: Source, plan: GroupPlan | None) -> Row:
+    if plan is None:
+        return Row(source.name, source.kind, source.spec.operator, "one operator call")
+    names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
+    return Row(source.name, source.kind, source.spec.operator, f"one operator with {names}, its output is not kept")
 
 
 def _group_row(candidate: Candidate, plan: GroupPlan, group: Group) -> Row:
     names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
+    operator = f"lora_linear_group of {names}" if len(plan.members) > 1 else "lora_linear"
+    if not any(c.adapted for c in plan.members):
+        operator = "linear"
+    if plan.source is not None:
+        operator += f", joined to {plan.source.name.rpartition('.')[2]}"
     form = {
-        "never": f"adapters stacked, base weights apart: {plan.why}",
+        "never": f"adapters stacked, base weights apart: {plan.why}" if len(plan.members) > 1 else "",
         "always": f"one product of stacked weights: {plan.why}",
         "free": f"one product of stacked weights; in training one each: {plan.why}",
     }[group.one_product]
-    return Row(candidate.name, candidate.kind, f"lora_linear_group of {names}", form)
+    return Row(candidate.name, candidate.kind, operator, form)
 
 
 def _dissolve(group: Group) -> None:
@@ -330,9 +440,11 @@ def _take_off(module: nn.Module, forward: Forward) -> None:
         module.__dict__["_old_forward"] = forward.__wrapped__
 
 
-def _home(root: nn.Module, candidate: Candidate) -> tuple[nn.Module, str]:
-    parent, _, key = candidate.name.rpartition(".")
-    return root.get_submodule(parent), key
+def _home(root: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """Where a module is registered, under which attribute, and itself."""
+    parent, _, key = name.rpartition(".")
+    home = root.get_submodule(parent)
+    return home, key, home._modules[key]  # type: ignore[return-value]
 
 
 def _root(model: nn.Module) -> nn.Module:

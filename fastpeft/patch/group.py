@@ -1,287 +1,195 @@
 """Projections of one input as one product, called one at a time by attention code that knows nothing of it.
 
-A `Group` lives during one call of its parent module (the attention, the MLP), which opens and closes it. The first
-member called computes all of them; another takes its part if it is handed the very same tensor in the same mode, else
-it computes alone. When the parent returns or raises, nothing is left. Outside its parent's forward a member always
-computes alone, so calling a projection by hand behaves as it does unpatched.
+A group is computed at one of two moments.
 
-The parts are instance attributes (`module.forward`), callable objects that copy and pickle with their modules.
+*Shared*: the parent module (the attention, the MLP) opens the group while its forward runs. The first member called
+computes all of them; another takes its part if it is handed the very same tensor in the same mode, else it computes
+alone. When the parent returns or raises, nothing is left.
+
+*Joined*: the producer of the input (a norm, an activation: see `producers`) computes the members' outputs together with
+its own. They wait for the members as long as the produced tensor is alive, which is as long as somebody can hand it to
+one of them; no module needs to be open, so it is the same when a checkpoint runs the code again in the backward.
+
+Outside of both a member always computes alone, so calling a projection by hand behaves as it does unpatched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from threading import get_ident
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops import dora_linear, lora_linear, lora_linear_group
+from ..ops import lora_linear_group
 from ..ops.lora_linear import NATIVE_ELEMENTS
-from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
+from .forwards import TENSORS, LoraForward, PlainForward, fits
 from .stacking import Stack
-
-_TENSORS = (Tensor, Parameter)
 
 # On a GPU a product of this many rows or fewer costs its launch, and what it keeps alive is small.
 FEW_ROWS = 256
 
-
-def eager() -> bool:
-    """Neither torch.compile, torch.export, torch.jit.trace, a functorch transform nor a global hook is looking on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or _has_any_global_hook()
-    )
+# The member's weights, biases, A's, B's, scalings and dropout probability, then the stacked weight and bias.
+Gathered = tuple[Any, ...]
 
 
-class Forward:
-    """What stands in a patched module's `__dict__["forward"]`; without an active patch it calls what was there."""
+class Entry:
+    """What one computation left for the members: outputs for the tensor `x`, in the mode and thread of that moment."""
 
-    __slots__ = ("__weakref__", "active", "module", "previous")
+    __slots__ = ("__weakref__", "mode", "outs", "thread", "x")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.previous = module.__dict__.get("forward")
-        self.active = True
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward as it was before."""
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    @property
-    def __wrapped__(self) -> Any:
-        return self.previous or MethodType(type(self.module).forward, self.module)
-
-
-class LoraForward(Forward):
-    """The forward of a LoRA or DoRA linear layer: one operator call, where its conditions hold."""
-
-    __slots__ = ("group", "index", "native", "reading", "refused")
-
-    def __init__(self, module: nn.Module, reading: Reading, native: bool) -> None:
-        """native: the layer is fastpeft's own, whose forward is the operator call already."""
-        super().__init__(module)
-        self.reading = reading
-        self.native = native
-        self.refused: Any = None
-        self.group: Group | None = None
-        self.index = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and self.active:
-            group = self.group
-            if group is not None and group.owner is not None and group.owner == get_ident():
-                y = group.take(self.index, args[0])
-                if y is not None:
-                    return y
-            if not self.native:
-                y = self.alone(args[0])
-                if y is not None:
-                    return y
-        return self.original(*args, **kwargs)
-
-    def alone(self, x: Any) -> Tensor | None:
-        """The operator on this layer only; None where the layer's own forward must run."""
-        operands = self.current()
-        if (
-            operands is None
-            or operands[2] is None
-            or not fits(x, operands[0])
-            or torch._C._get_tracing_state() is not None
-        ):
-            return None
-        if self.reading.dora:
-            weight, bias, A, B, scaling, p = operands
-            return dora_linear(x, weight, bias, A, B, self.reading.magnitude, scaling, p)  # type: ignore[arg-type]
-        return lora_linear(x, *operands)  # type: ignore[arg-type]
-
-    def operands(self) -> Operands | None:
-        """The tensors for a group's operator, which is LoRA's; None while the layer must be computed alone."""
-        found = self.current()
-        return None if self.reading.dora else found
-
-    def current(self) -> Operands | None:
-        """The layer's tensors now; None while its own forward must run. Reads the layer anew if it has changed."""
-        found = self.reading.operands()
-        if found is None and not self.reading.holds():
-            reading = self._read_again()
-            if reading is not None:
-                self.reading = reading
-                found = reading.operands()
-        return found
-
-    def _read_again(self) -> Reading | None:
-        modules, active = self.module._modules, self.module.active_adapters
-        parts = [id(part) for name in active for part in _parts(modules, name)]  # type: ignore[union-attr]
-        stamp = (list(active), bool(self.module.merged_adapters), parts)  # type: ignore[arg-type]
-        if stamp == self.refused:
-            return None
-        try:
-            return read_lora(self.module, ours=self)
-        except Unsupported:
-            self.refused = stamp
-            return None
-
-    def __getstate__(self) -> Any:
-        return (self.module, self.previous, self.active, self.native, self.group, self.index, self.reading.name)
-
-    def __setstate__(self, state: Any) -> None:
-        self.module, self.previous, self.active, self.native, self.group, self.index, name = state
-        self.refused = None
-        self.reading = _Unread(name)  # type: ignore[assignment]
-
-
-class _Unread:
-    """The reading of a copied layer before its first call: it never holds."""
-
-    dropout = nn.Identity()
-    dora = False
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name
-
-    def holds(self) -> bool:
-        return False
-
-    def operands(self) -> None:
-        return None
-
-
-class PlainForward(Forward):
-    """The forward of an nn.Linear without an adapter that shares its input with layers that have one."""
-
-    __slots__ = ("group", "index")
-
-    def __init__(self, module: nn.Linear) -> None:
-        super().__init__(module)
-        self.group: Group | None = None
-        self.index = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        group = self.group
-        if group is not None and group.owner is not None and len(args) == 1 and not kwargs and self.active:
-            y = group.take(self.index, args[0]) if group.owner == get_ident() else None
-            if y is not None:
-                return y
-        return self.original(*args, **kwargs)
-
-    def operands(self) -> Operands | None:
-        """Weight and bias as they are now."""
-        parameters = self.module._parameters
-        weight = parameters.get("weight")
-        return None if weight is None else (weight, parameters.get("bias"), None, None, 0.0, 0.0)
-
-
-class ParentForward(Forward):
-    """The forward of the module that calls a group's members: the extent in which they may share one product."""
-
-    __slots__ = ("groups",)
-
-    def __init__(self, module: nn.Module, groups: list[Group]) -> None:
-        super().__init__(module)
-        self.groups = groups
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active or not eager():
-            return self.original(*args, **kwargs)
-        me = get_ident()
-        for group in self.groups:
-            group.owner, group.entry = me, None
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            for group in self.groups:
-                group.owner = group.entry = None
+    def __init__(self, x: Callable[[], Tensor | None], mode: Any, outs: Sequence[Tensor]) -> None:
+        self.x, self.mode = x, mode
+        self.outs: list[Tensor | None] = list(outs)
+        self.thread = get_ident()
 
 
 class Group:
-    """The members, how they are computed, and during the parent's call what the first of them computed for the rest.
+    """The members, how they are computed, and what has been computed for those that are still to be called.
 
     one_product: "never", "always", or "free": then the base weights, stacked, are one product where that keeps no
     additional activation for the backward, and a product each elsewhere. probing: `patch` tries the group in the model;
-    small inputs are not left to the members, and outputs have the strides that one product gives them.
+    small inputs are not left to the members, and outputs have the strides that one product gives them. between: the
+    modules around members and producer within the module that contains all of them.
     """
 
     __slots__ = (
+        "__weakref__",
         "_homes",
         "_hooks",
+        "between",
         "bias_stack",
         "entry",
         "form",
-        "probing",
         "members",
         "one_product",
         "owner",
+        "probing",
         "stack",
     )
 
-    def __init__(self, members: Sequence[LoraForward | PlainForward], homes: Sequence[tuple[nn.Module, str]]) -> None:
-        """homes: the module and the attribute under which each member is registered."""
+    def __init__(
+        self,
+        members: Sequence[LoraForward | PlainForward],
+        homes: Sequence[tuple[nn.Module, str, nn.Module]],
+        between: Sequence[nn.Module] = (),
+    ) -> None:
+        """homes: (module, attribute, module registered there) for each member and for what surrounds it."""
         self.members = tuple(members)
+        self.between = tuple(between)
         self._homes = tuple(homes)
         self.form = "auto"
         self.one_product = "never"
         self.stack: Stack | None = None
         self.bias_stack: Stack | None = None
-        self.owner: int | None = None
-        self.entry: tuple[Tensor, Any, list[Tensor | None]] | None = None
-        self.probing = False
-        self._hooks: tuple[dict[int, Any], ...] | None = None
+        self._begin()
         for index, member in enumerate(members):
             member.group, member.index = self, index
+
+    def _begin(self) -> None:
+        self.owner: int | None = None
+        self.entry: Entry | None = None
+        self.probing = False
+        self._hooks: tuple[dict[int, Any], ...] | None = None
+
+    def close(self) -> None:
+        """The parent's call has ended: what it shared is dropped, what a producer made waits for its tensor's end."""
+        self.owner = None
+        if self.entry is not None and not isinstance(self.entry.x, weakref.ref):
+            self.entry = None
 
     def take(self, index: int, x: Any) -> Tensor | None:
         """Member `index`'s output for x; None if it must compute alone."""
         entry = self.entry
         if entry is None:
-            if type(x) not in _TENSORS or x.is_inference():  # such a tensor does not tell whether it was written to
+            entry = self._share(x) if self.owner == get_ident() else None
+            if entry is None:
                 return None
-            if x.numel() <= NATIVE_ELEMENTS and not (self._drops() or self.probing):
-                return None  # so small that plain calls, one by one, are faster
-            computed = self.compute(x)
-            if computed is None:
-                return None
-            self.entry = entry = (x, _mode(x), list(computed))
-        elif entry[0] is not x or entry[1] != _mode(x):
+        elif entry.x() is not x or entry.mode != _mode(x) or entry.thread != get_ident():
             return None
-        outs = entry[2]
-        y, outs[index] = outs[index], None
-        if not any(out is not None for out in outs):
+        y, entry.outs[index] = entry.outs[index], None
+        if not any(out is not None for out in entry.outs):
             self.entry = None
         return y
 
+    def _share(self, x: Any) -> Entry | None:
+        """Compute all members for x, the first of them having been called."""
+        if type(x) not in TENSORS or x.is_inference():  # such a tensor does not tell whether it was written to
+            return None
+        if x.numel() <= NATIVE_ELEMENTS and not (self._drops() or self.probing):
+            return None  # so small that plain calls, one by one, are faster
+        outs = self.compute(x)
+        if outs is None:
+            return None
+        self.entry = Entry(lambda: x, _mode(x), outs)
+        return self.entry
+
     def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """The outputs of all members for x (..., K), or None while something in the group forbids one product."""
+        gathered = self.gather(x, x)
+        if gathered is None or gathered[2].count(None) == len(gathered[2]):
+            return None
+        *lists, block, block_bias = gathered
+        outs = lora_linear_group(x, *lists, stacked_weight=block, stacked_bias=block_bias, form=self.form)
+        return self._probed(outs)
+
+    def join(
+        self, like: Tensor, dtype: torch.dtype, compute: Callable[[Gathered], tuple[Tensor, tuple[Tensor, ...]]]
+    ) -> Tensor | None:
+        """The produced tensor, its members' outputs laid down for them; None if the producer must compute alone.
+
+        like: the producer's input; dtype: of what it produces. compute: the joined operator on what was gathered.
+        """
+        if like.is_inference() or (like.numel() <= NATIVE_ELEMENTS and not self.probing):
+            return None
+        if any(_recomputed(module) for module in self.between):
+            return None  # a member called in another checkpoint than the producer would be recomputed without it
+        gathered = self.gather(like, None)
+        if gathered is None or any(w.dtype is not dtype or type(w) not in TENSORS for w in gathered[0]):
+            return None
+        device = like.device.type
+        if torch.is_autocast_enabled(device):
+            cast = torch.get_autocast_dtype(device)
+            if cast is not dtype:
+                return None
+            weights, biases, A, B, *rest = gathered
+            gathered = (weights, biases, *([t if t is None else t.to(cast) for t in part] for part in (A, B)), *rest)
+        produced, outs = compute(gathered)
+        entry = Entry(weakref.ref(produced), _mode(produced), self._probed(outs))
+        entry.x = weakref.ref(produced, _Clearing(self, entry))
+        self.entry = entry
+        return produced
+
+    def gather(self, like: Tensor, x: Tensor | None) -> Gathered | None:
+        """The members' tensors as they are now, or None while something forbids computing them together.
+
+        like: tells the device and the number of rows. x: the members' input, where it exists already.
+        """
         if self._hooks is None:
             self._hooks = self._members_hooks()
         if any(self._hooks):
             return None
-        operands = []
-        for member, (home, key) in zip(self.members, self._homes):
-            if home._modules.get(key) is not member.module:
+        for home, key, module in self._homes:
+            if home._modules.get(key) is not module:
                 return None
+        operands = []
+        for member in self.members:
             found = member.operands()
             if found is None:
                 return None
             operands.append(found)
         weights, biases, A, B, scaling, dropouts = zip(*operands)
         adapted = [(a.dtype, p) for a, p in zip(A, dropouts) if a is not None]
-        if not adapted or adapted.count(adapted[0]) < len(adapted) or not fits(x, weights[0]):
+        if adapted and adapted.count(adapted[0]) < len(adapted):
             return None
-        p = adapted[0][1]
-        block, block_bias = self._blocks(x, weights, biases)
-        outs = lora_linear_group(
-            x, weights, biases, A, B, scaling, p, stacked_weight=block, stacked_bias=block_bias, form=self.form
-        )
+        if x is not None and not fits(x, weights[0]):
+            return None
+        p = adapted[0][1] if adapted else 0.0
+        return (weights, biases, A, B, scaling, p, *self._blocks(like, weights, biases))
+
+    def _probed(self, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(_as_column_block(out) for out in outs) if self.probing and self.stack else outs
 
     def _blocks(
@@ -316,13 +224,11 @@ class Group:
         return False
 
     def __getstate__(self) -> Any:
-        return (self.members, self._homes, self.form, self.one_product, self.stack, self.bias_stack)
+        return (self.members, self._homes, self.between, self.form, self.one_product, self.stack, self.bias_stack)
 
     def __setstate__(self, state: Any) -> None:
-        self.members, self._homes, self.form, self.one_product, self.stack, self.bias_stack = state
-        self.owner = self.entry = None
-        self.probing = False
-        self._hooks = None
+        self.members, self._homes, self.between, self.form, self.one_product, self.stack, self.bias_stack = state
+        self._begin()
 
     def _members_hooks(self) -> tuple[dict[int, Any], ...]:
         """Hooks on the members that may change a member's input, or make it another tensor."""
@@ -332,26 +238,29 @@ class Group:
         )
 
 
-def fits(x: Any, weight: Tensor) -> bool:
-    """x is an ordinary tensor in the dtype that the base layer takes (any, under autocast)."""
-    if type(x) not in _TENSORS or x.dim() == 0:
+class _Clearing:
+    """Forgets an entry when the tensor it is for has gone."""
+
+    __slots__ = ("entry", "group")
+
+    def __init__(self, group: Group, entry: Entry) -> None:
+        self.group, self.entry = weakref.ref(group), weakref.ref(entry)
+
+    def __call__(self, _: Any) -> None:
+        group, entry = self.group(), self.entry()
+        if group is not None and entry is not None and group.entry is entry:
+            group.entry = None
+
+
+def _recomputed(module: nn.Module) -> bool:
+    """The module's forward runs again in the backward: by Transformers' switch, or by a mode of `fastpeft.memory`."""
+    if not module.training:
         return False
-    return x.dtype is weight.dtype or (
-        x.is_floating_point() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
-    )
+    mode = getattr(module.__dict__.get("forward"), "mode", "none")
+    return mode != "none" or getattr(module, "gradient_checkpointing", False)
 
 
-def read_plain(module: nn.Module) -> nn.Linear:
-    """A frozen nn.Linear without an adapter and without hooks. Raises Unsupported."""
-    base = check_base(module)
-    if base.weight.requires_grad:
-        raise Unsupported("its weight is trained")
-    if any(hooks_of((base,))):
-        raise Unsupported("other code has registered hooks on it")
-    return base
-
-
-def _mode(x: Tensor) -> tuple[Any, ...]:
+def _mode(x: Any) -> tuple[Any, ...]:
     """What must be the same for two projections of x to come from one product."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -362,7 +271,3 @@ def _as_column_block(y: Tensor) -> Tensor:
     """y with the strides of a column block of a wider matrix, to see whether the model's code bears it."""
     wide = y.new_zeros(*y.shape[:-1], y.shape[-1] + 16)
     return torch.cat([y, wide[..., y.shape[-1] :]], dim=-1)[..., : y.shape[-1]]
-
-
-def _parts(modules: Any, name: str) -> list[Any]:
-    return [modules["base_layer"], *(modules[key]._modules.get(name) for key in ("lora_A", "lora_B", "lora_dropout"))]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .group import Forward, eager, fits
+from .forwards import Forward, eager, fits
 from .inputs import NoInput, example_call
 from .logits import Logits
 from .observe import untouched

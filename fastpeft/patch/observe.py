@@ -1,6 +1,6 @@
-"""One tiny forward, watched: which projections are handed the very same tensor by the same caller.
+"""One tiny forward, watched: which modules make a tensor, and which projections are handed the very same tensor.
 
-The forward runs in eval mode with everything put back afterwards: training flags, buffers, the random state. Autograd
+The forward runs with everything put back afterwards: training flags, buffers, the random state. Autograd
 is on, for it also tells which outputs the model's own code keeps for a backward; nothing is ever run backward.
 """
 
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # Buffers above this many bytes (a quantised weight kept as a buffer) are not copied to be put back.
 BUFFER_BYTES = 1 << 24
+
+_MULTIPLY = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+
+# The calls that one is within, outermost first: each module and which call of the forward it was.
+Path = tuple[tuple[nn.Module, int], ...]
 
 
 @dataclass
@@ -23,18 +29,13 @@ class Call:
     """One call of a watched module."""
 
     module: nn.Module
-    caller: nn.Module
+    path: Path
     x: Tensor
-    frame: int  # which call of the caller
     out: Tensor | None = None
 
-
-@dataclass
-class Observation:
-    """Sets of modules with one input, in the order in which they were called, and what the forward returned."""
-
-    shared: list[SharedInput]
-    result: list[Tensor]
+    @property
+    def caller(self) -> nn.Module:
+        return self.path[-1][0]
 
 
 @dataclass
@@ -46,14 +47,45 @@ class SharedInput:
     kept: list[bool]  # is each one's output kept for the backward by the code that uses it?
 
 
-def observe(
-    watched: Iterable[nn.Module], target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Observation:
-    """Run `target(*args, **kwargs)` once and tell which of the `watched` modules share an input.
+@dataclass
+class Product:
+    """A tensor that `source` made, by itself or (gated) multiplied by another one, and the modules that were handed it.
 
-    Raises whatever the forward raises, with everything put back.
+    between: the modules through which the tensor travelled, from below the innermost call that contains them all: those
+    around the source, and those around each consumer.
     """
-    wanted = set(watched)
+
+    source: nn.Module
+    x: Tensor
+    gated: bool
+    consumers: list[nn.Module]
+    kept: list[bool]
+    between: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass
+class Observation:
+    """What the forward did with the watched modules, in the order of their calls, and what it returned."""
+
+    shared: list[SharedInput]
+    products: list[Product]
+    result: list[Tensor]
+
+
+def observe(
+    watched: Iterable[nn.Module],
+    target: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sources: Iterable[nn.Module] = (),
+    training: bool = False,
+) -> Observation:
+    """Run `target(*args, **kwargs)` once and tell which of the `watched` modules share an input, and who made it.
+
+    sources: modules whose output is to be followed. training: run it in training mode, where dropout comes between
+    what is one tensor in evaluation. Raises whatever the forward raises, with everything put back.
+    """
+    wanted, makers = set(watched), set(sources)
     calls: list[Call] = []
     stack: list[tuple[nn.Module, int]] = []
     pending: list[Call | None] = []
@@ -62,10 +94,11 @@ def observe(
     def enter(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         nonlocal count
         call = None
-        if module in wanted and stack and len(inputs) == 1 and not keywords and type(inputs[0]) is Tensor:
-            caller, frame = stack[-1]
-            call = Call(module, caller, inputs[0], frame)
-            calls.append(call)
+        watched_one = stack and (module in wanted or module in makers)
+        if watched_one and len(inputs) == 1 and not keywords and type(inputs[0]) is Tensor:
+            call = Call(module, tuple(stack), inputs[0])
+            if module in wanted:
+                calls.append(call)
         count += 1
         stack.append((module, count))
         pending.append(call)
@@ -73,8 +106,10 @@ def observe(
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         stack.pop()
         call = pending.pop()
-        if call is not None and isinstance(output, Tensor):
+        if call is not None and type(output) is Tensor:
             call.out = output
+            if module in makers:
+                products.follow(call)
 
     saved: set[int] = set()
 
@@ -84,28 +119,94 @@ def observe(
         return tensor.detach()  # the tensor itself would close a cycle around a node that saves its own result
 
     handles = []
+    products = _Products()
     try:
         for module in target.modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            result = run_quietly(target, args, kwargs)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+            products if makers else contextlib.nullcontext(),
+        ):
+            result = run_quietly(target, args, kwargs, training)
     finally:
         for handle in handles:
             handle.remove()
-    return Observation(_shared(calls, saved), result)
+    return Observation(_shared(calls, saved), _products(calls, products, saved), result)
 
 
-def run_quietly(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The floating tensors of `target(*args, **kwargs)`, run in eval mode with everything put back."""
-    with untouched(target), torch.enable_grad():
+class _Products(TorchFunctionMode):
+    """Notes which tensor is a followed one times another of its shape; holds what it notes, so that ids stay unique."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.makers: dict[int, tuple[Call, bool]] = {}
+        self.tensors: list[Tensor] = []
+
+    def follow(self, call: Call) -> None:
+        """The call's output is followed from now on."""
+        assert call.out is not None
+        if call.out.shape == call.x.shape and call.out is not call.x:
+            self.makers[id(call.out)] = (call, False)
+            self.tensors.append(call.out)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _MULTIPLY and len(args) == 2 and not kwargs:
+            for a, b in (args, args[::-1]):
+                found = self.makers.get(id(a))
+                if found is not None and not found[1] and type(b) is Tensor and b.shape == a.shape:
+                    self.makers[id(result)] = (found[0], True)
+                    self.tensors.append(result)
+                    break
+        return result
+
+
+def _products(calls: list[Call], products: _Products, saved: set[int]) -> list[Product]:
+    consumers: dict[tuple[nn.Module, bool], list[Call]] = {}
+    makers: dict[tuple[nn.Module, bool], Call] = {}
+    for call, gated in products.makers.values():
+        makers.setdefault((call.module, gated), call)
+    seen: set[nn.Module] = set()
+    for call in calls:
+        found = products.makers.get(id(call.x))
+        if found is None or call.module in seen:
+            continue
+        key = (found[0].module, found[1])
+        if makers[key] is found[0]:  # of a module called several times, the first call tells
+            seen.add(call.module)
+            consumers.setdefault(key, []).append(call)
+    result = []
+    for key, maker in makers.items():
+        used = consumers.get(key, [])
+        paths = [maker.path, *(call.path for call in used)]
+        common = _common(paths)
+        between = {module: None for path in paths for module, _ in path[common:]}
+        kept = [call.out is not None and call.out.untyped_storage().data_ptr() in saved for call in used]
+        result.append(Product(key[0], maker.x, key[1], [call.module for call in used], kept, list(between)))
+    return result
+
+
+def _common(paths: list[Path]) -> int:
+    """How many calls all paths have in common."""
+    depth = 0
+    while all(len(path) > depth and path[depth] == paths[0][depth] for path in paths):
+        depth += 1
+    return depth
+
+
+def run_quietly(
+    target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+) -> list[Tensor]:
+    """The floating tensors of `target(*args, **kwargs)`, run in eval (or training) mode with everything put back."""
+    with untouched(target, training), torch.enable_grad():
         return detached(target(*args, **kwargs))
 
 
 def _shared(calls: list[Call], saved: set[int]) -> list[SharedInput]:
     sets: dict[tuple[int, int], list[Call]] = {}
     for call in calls:
-        sets.setdefault((call.frame, id(call.x)), []).append(call)
+        sets.setdefault((call.path[-1][1], id(call.x)), []).append(call)
     shared: list[SharedInput] = []
     seen: set[nn.Module] = set()
     for members in sets.values():
@@ -118,9 +219,9 @@ def _shared(calls: list[Call], saved: set[int]) -> list[SharedInput]:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode within; training flags, buffers and the random state of CPU and GPU as they were afterwards."""
-    training = [module for module in model.modules() if module.training]
+def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval (or training) mode within; flags, buffers and the random state of CPU and GPU as they were afterwards."""
+    changed = [module for module in model.modules() if module.training is not training]
     buffers = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -129,12 +230,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters() if p.is_cuda}
     cpu, gpu = torch.get_rng_state(), [(device, torch.cuda.get_rng_state(device)) for device in devices]
     try:
-        for module in training:
-            module.training = False
+        for module in changed:
+            module.training = training
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in changed:
+            module.training = not training
         for module, name, buffer, value in buffers:
             with torch.no_grad():
                 if not torch.equal(buffer, value):

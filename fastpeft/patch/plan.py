@@ -1,8 +1,9 @@
 """Which modules become what: pure decisions on an unpatched model, nothing is changed here.
 
 Every LoRA linear layer that can be read becomes one operator call. Those that one caller hands the same tensor become a
-group, if they agree in dropout, dtype and device. A projection without an adapter joins its neighbours' group where the
-base weights are to be one product, and only there: on its own it has nothing to gain.
+group, if they agree in dropout, dtype and device. Norms and activations become operators, and where the projections of
+their output can be read, all of them are one. A projection without an adapter takes part where the base weights are to
+be one product, or where the producer of its input does: on its own it has nothing to gain.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .group import read_plain
-from .observe import Observation, SharedInput
-from .reading import Operands, Reading, Unsupported, is_tuner_layer, lora_library, read_lora
+from .forwards import read_plain
+from .observe import Observation, Product, SharedInput
+from .reading import Operands, Reading, Unsupported, is_conv1d, is_tuner_layer, lora_library, read_lora
+from .recognise import NormSpec, Spec, may_be_recognised, recognise
 from .stacking import ownable
 
 STACK_OPTIONS = ("auto", "always", "never")
@@ -54,24 +56,48 @@ class Candidate:
         return self.library == "fastpeft" and self.reading is not None and self.reading.known
 
     @property
+    def trained(self) -> bool:
+        """Its base weight is trained."""
+        return self.operands[0].requires_grad
+
+    @property
+    def transposed(self) -> bool:
+        """It keeps its weight as (K, N)."""
+        base = self.module if self.reading is None else self.reading.base
+        return not isinstance(base, nn.Linear)
+
+    @property
     def operands(self) -> Operands:
         """Its tensors as they are now."""
         if self.reading is None:
             linear: Any = self.module
-            return (linear.weight, linear.bias, None, None, 0.0, 0.0)
+            return (linear.weight.t() if self.transposed else linear.weight, linear.bias, None, None, 0.0, 0.0)
         operands = self.reading.tensors()
         assert operands is not None  # `read_lora` has seen them
         return operands
 
 
 @dataclass
-class GroupPlan:
-    """Candidates to be computed together while `caller` runs."""
+class Source:
+    """A norm or an activation that an operator computes."""
 
-    caller: nn.Module
+    name: str
+    module: nn.Module
+    kind: str
+    spec: Spec
+    gated: bool = False  # its output is multiplied by another tensor before anything else is done with it
+
+
+@dataclass
+class GroupPlan:
+    """Candidates to be computed together: by the source of their input, or else while `caller` runs."""
+
+    caller: nn.Module | None
     members: list[Candidate]
     one_product: str  # as Group.one_product
     why: str  # why the base weights are, or are not, one product
+    source: Source | None = None
+    between: list[nn.Module] = field(default_factory=list)
 
 
 @dataclass
@@ -81,6 +107,7 @@ class Plan:
     candidates: list[Candidate]
     groups: list[GroupPlan] = field(default_factory=list)
     alone: list[Candidate] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     note: str | None = None  # why no groups could be looked for
 
 
@@ -110,32 +137,51 @@ def find_candidates(model: nn.Module, verify: bool = True) -> list[Candidate]:
 
 
 def find_plain(model: nn.Module) -> list[Candidate]:
-    """Frozen nn.Linear modules outside adapter layers: they may join a group."""
+    """Linear layers without an adapter: they may join a group."""
     found = []
     for name, module in _outside_tuner_layers(model):
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or is_conv1d(module):
             try:
-                found.append(Candidate(name, read_plain(module), "Linear"))
+                found.append(Candidate(name, read_plain(module), type(module).__name__))
             except Unsupported:
                 continue
     return found
 
 
+def find_sources(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that may turn out to be norms or activations, with their names; inside adapter layers too (experts)."""
+    return {m: name for name, m in model.named_modules() if may_be_recognised(m)}
+
+
 def make_plan(
-    model: nn.Module, candidates: list[Candidate], plain: list[Candidate], seen: Observation | None, stack: str
+    model: nn.Module,
+    candidates: list[Candidate],
+    plain: list[Candidate],
+    names: dict[nn.Module, str],
+    seen: Observation | None,
+    stack: str,
 ) -> Plan:
-    """Groups and single layers. seen: None where the model could not be run; then every layer stands alone."""
+    """Groups, sources and single layers. seen: None where the model could not be run; then every layer stands alone.
+
+    names: of the modules that were watched as sources.
+    """
     plan = Plan(candidates)
     by_module = {c.module: c for c in [*candidates, *plain] if c.reason is None and not c.dora}
     tied = _tied(model)
     grouped: set[nn.Module] = set()
-    for shared in seen.shared if seen else ():
-        members = [by_module[m] for m in shared.modules if m in by_module]
-        for part in _alike([c for c in members if c.adapted]):
-            group = _group(shared, part, [c for c in members if not c.adapted], tied, stack)
-            if group is not None:
-                plan.groups.append(group)
-                grouped.update(c.module for c in group.members)
+    shared_inputs = seen.shared if seen else []
+    for source, product in _sources(seen.products if seen else [], names):
+        plan.sources.append(source)
+        group = _joined(source, product, [by_module[m] for m in product.consumers if m in by_module], tied, stack)
+        if group is not None:
+            members = {c.module for c in group.members}
+            if any(c.adapted for c in group.members):  # without adapters there is nothing to share but the product
+                group.caller = next((s.caller for s in shared_inputs if members <= set(s.modules)), None)
+            plan.groups.append(group)
+            grouped |= members
+    for shared in shared_inputs:
+        plan.groups += shared_groups(shared, by_module, grouped, tied, stack)
+    grouped = {c.module for group in plan.groups for c in group.members}
     for candidate in candidates:
         if candidate.reason is None and candidate.module not in grouped:
             if candidate.adapted:
@@ -143,6 +189,54 @@ def make_plan(
             else:
                 candidate.reason = "no active adapter"
     return plan
+
+
+def shared_groups(
+    shared: SharedInput, by_module: dict[nn.Module, Candidate], taken: set[nn.Module], tied: set[int], stack: str
+) -> list[GroupPlan]:
+    """The groups among the modules that were handed one tensor, those taken already left out."""
+    members = [by_module[m] for m in shared.modules if m in by_module and m not in taken]
+    found = []
+    for part in _alike([c for c in members if c.adapted]):
+        group = _group(shared, part, [c for c in members if not c.adapted and not c.trained], tied, stack)
+        if group is not None:
+            found.append(group)
+    return found
+
+
+def _sources(products: list[Product], names: dict[nn.Module, str]) -> Iterator[tuple[Source, Product]]:
+    """Every watched module that an operator computes, with what became of its output."""
+    by_source: dict[nn.Module, Product] = {}
+    for product in products:
+        if product.gated or product.source not in by_source:
+            by_source[product.source] = product
+    known: list[Spec] = []
+    for module, product in by_source.items():
+        spec = recognise(module, product.x, known)
+        if spec is None:
+            continue
+        if isinstance(spec, NormSpec) and product.gated:  # what is multiplied by it is not its business
+            product = next((p for p in products if p.source is module and not p.gated), product)
+        yield Source(names[module], module, type(module).__name__, spec, product.gated), product
+
+
+def _joined(
+    source: Source, product: Product, consumers: list[Candidate], tied: set[int], stack: str
+) -> GroupPlan | None:
+    """The group of a source's consumers; None if joining them saves nothing."""
+    adapted = [c for c in consumers if c.adapted]
+    plain = [c for c in consumers if not c.adapted]
+    if adapted:
+        adapted = next(iter(_alike(adapted)))
+        plain = [c for c in plain if _same_kind(c.operands[0], adapted[0].operands[0])]
+    elif not any(c.trained for c in plain):
+        return None  # frozen and without adapters they keep nothing of their input
+    else:
+        plain = [c for c in plain if _same_kind(c.operands[0], plain[0].operands[0])]
+    order = {module: index for index, module in enumerate(product.consumers)}
+    everyone = sorted([*adapted, *plain], key=lambda c: order[c.module])
+    one_product, why = _one_product(product, everyone, tied, stack) if len(everyone) > 1 else ("never", "")
+    return GroupPlan(None, everyone, one_product, why, source, product.between)
 
 
 def _group(
@@ -161,7 +255,9 @@ def _group(
     return GroupPlan(shared.caller, everyone, one_product, why)
 
 
-def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], stack: str) -> tuple[str, str]:
+def _one_product(
+    shared: SharedInput | Product, members: list[Candidate], tied: set[int], stack: str
+) -> tuple[str, str]:
     """Shall the base weights lie side by side and be one product, and when; and why."""
     if stack == "never":
         return "never", "stack='never'"
@@ -169,7 +265,7 @@ def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], 
     weights, biases = [o[0] for o in operands], [o[1] for o in operands]
     if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
         return "never", "a weight is tied to another module"
-    if any(c.reading is not None and c.reading.transposed for c in members):
+    if any(c.transposed for c in members):
         return "never", "a Conv1D keeps its weight transposed"
     with_bias = [b for b in biases if b is not None]
     if with_bias and len(with_bias) < len(biases):
@@ -182,7 +278,7 @@ def _one_product(shared: SharedInput, members: list[Candidate], tied: set[int], 
     rows = sum(w.shape[0] for w in weights)
     if weights[0].device.type == "cpu" and rows > CPU_ROWS:
         return "never", f"on the CPU one product {rows} wide is slower than several"
-    kept = dict(zip(shared.modules, shared.kept))
+    kept = dict(zip(shared.modules if isinstance(shared, SharedInput) else shared.consumers, shared.kept))
     lost = [c.name.rpartition(".")[2] for c in members if not kept[c.module]]
     if not lost or len(lost) == len(members):
         return "always", "it keeps no more for the backward"

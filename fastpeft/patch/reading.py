@@ -195,7 +195,7 @@ def check_base(base: Any) -> Any:
 
     A subclass of nn.Linear that holds nothing but weight and bias is let through: verification shows what it computes.
     """
-    if type(base) is not nn.Linear and not _is_conv1d(base) and not _is_linear_in_other_words(base):
+    if type(base) is not nn.Linear and not is_conv1d(base) and not _is_linear_in_other_words(base):
         raise Unsupported(_why_not_linear(base))
     _own_forward(base, "the base layer")
     check_tensor(base._parameters.get("weight"), "the base weight")
@@ -234,7 +234,7 @@ def _own_forward(module: Any, label: str = "the layer") -> None:
         raise Unsupported(f"other code has replaced the forward of {label}")
 
 
-def _is_conv1d(base: Any) -> bool:
+def is_conv1d(base: Any) -> bool:
     """Transformers' linear layer that keeps its weight transposed."""
     cls = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return cls is not None and type(base) is cls

@@ -19,16 +19,14 @@ from torch.nn import Parameter
 
 from ..ops.lora_linear import NATIVE_ELEMENTS
 from ..ops.weight_norm import weight_norm
-from .group import Group, LoraForward, PlainForward
+from .forwards import LoraForward, PlainForward
+from .group import Group
+from .producers import ActivationForward, ProducerForward
 from .reading import Operands
+from .tolerance import FACTOR, FORMULA, distance
 
 ROWS = 33  # odd, and more than a tile
 COLUMNS = 96  # of outputs and of the input's gradient that are computed in float64
-FACTOR = 2.0
-
-# An original further than this from float64 does not compute the formula at all (fp32 may be TF32 inside).
-FORMULA = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-
 Member = LoraForward | PlainForward
 
 
@@ -51,14 +49,82 @@ def verify_group(group: Group) -> str | None:
     return None
 
 
+# How far a joined operator may be from the producer and the projections that it consists of. All of these have been
+# compared with float64 already; this is to show that they were put together rightly, whose error would be of order 1.
+JOINED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def verify_joined(group: Group, producer: ProducerForward) -> str | None:
+    """Why this producer and the group may not be one operator, or None if together they give what each gives alone."""
+    members = group.members
+    with _comparable(members), torch.autocast(_device(members).type, enabled=False):
+        operands = [member.operands() for member in members]
+        if any(found is None for found in operands):
+            return "a layer could not be read"
+        weight = operands[0][0]  # type: ignore[index]
+        dtype, device, width = weight.dtype, weight.device, weight.shape[1]
+        generator = torch.Generator(device).manual_seed(0)
+        rows = max(ROWS, NATIVE_ELEMENTS // width + 1)
+        shapes = [width] * (2 if isinstance(producer, ActivationForward) and producer.gated else 1)
+        shapes += [found[0].shape[0] for found in operands]  # type: ignore[index]
+        random = [torch.randn(1, rows, n, generator=generator, dtype=dtype, device=device) for n in shapes]
+        inputs, dys = random[: -len(members)], random[-len(members) :]
+        leaves = [t for t in producer.module._parameters.values() if t is not None and t.requires_grad]
+        leaves += [t for found in operands for t in found if isinstance(t, Tensor) and t.is_leaf and t.requires_grad]  # type: ignore[union-attr]
+
+        def apart(x: Tensor, *up: Tensor) -> list[Tensor]:
+            n = producer.original(x)
+            for factor in up:
+                n = n * factor
+            return [member.original(n) for member in members]
+
+        def together(x: Tensor, *up: Tensor) -> list[Tensor] | None:
+            before, producer.group = producer.group, group
+            try:
+                n = producer.fused(x)
+                for factor in up:
+                    n = None if n is None else n * factor
+                taken = [None if n is None else group.take(i, n) for i in range(len(members))]
+            finally:
+                producer.group = before
+            return None if any(y is None for y in taken) else taken  # type: ignore[return-value]
+
+        try:
+            theirs, ours = (_run_inputs(inputs, dys, leaves, f) for f in (apart, together))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            return f"it failed when tried: {type(error).__name__}: {error}"
+        if ours is None or theirs is None:
+            return "its conditions do not hold"
+        for mine, other in zip(ours, theirs):
+            if mine.dtype != other.dtype or not distance(mine, other) <= JOINED[other.dtype]:
+                return f"joined and apart differ by {distance(mine, other):.1e}"
+    return None
+
+
+def _device(members: Sequence[Member]) -> torch.device:
+    module: Any = members[0].module
+    return module.weight.device
+
+
+def _run_inputs(
+    inputs: Sequence[Tensor], dys: Sequence[Tensor], leaves: Sequence[Tensor], f: Callable[..., Sequence[Tensor] | None]
+) -> list[Tensor] | None:
+    """Outputs, then the gradients of the inputs and of the leaves."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        outs = f(*inputs)
+        if outs is None:
+            return None
+        gradients = torch.autograd.grad(list(outs), [*inputs, *leaves], dys)
+    return [*(y.detach() for y in outs), *gradients]
+
+
 def _none_if_refused(y: Tensor | None) -> tuple[Tensor, ...] | None:
     return None if y is None else (y,)
 
 
 def _verify(members: Sequence[Member], replacement: Callable[[Tensor], Sequence[Tensor] | None]) -> str | None:
-    module: Any = members[0].module
-    device = module.weight.device.type
-    with _comparable(members), torch.autocast(device, enabled=False):
+    with _comparable(members), torch.autocast(_device(members).type, enabled=False):
         operands = [m.current() if isinstance(m, LoraForward) else m.operands() for m in members]
         if any(found is None for found in operands):
             return "the layer could not be read"
@@ -77,8 +143,8 @@ def _compare(
     magnitudes = [m.reading.magnitude if isinstance(m, LoraForward) else None for m in members]
     adapters = [t for o, m in zip(operands, magnitudes) for t in (*o[2:4], m) if t is not None]
     try:
-        theirs = _run(x, dys, adapters, lambda x: [member.original(x) for member in members])
-        ours = _run(x, dys, adapters, replacement)
+        theirs = _run_inputs([x], dys, adapters, lambda x: [member.original(x) for member in members])
+        ours = _run_inputs([x], dys, adapters, replacement)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return f"it failed when tried: {type(error).__name__}: {error}"
     if ours is None or theirs is None:
@@ -95,29 +161,16 @@ def _judge(mine: Tensor, other: Tensor, columns: Tensor | slice, truth: Tensor) 
     """Why `mine` may not stand for `other`. truth: some columns of both, in float64."""
     if mine.dtype != other.dtype or mine.shape != other.shape:
         return f"{mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
-    error, theirs = _distance(mine[..., columns], truth), _distance(other[..., columns], truth)
+    error, theirs = distance(mine[..., columns], truth), distance(other[..., columns], truth)
     if not theirs <= FORMULA[other.dtype]:
         return f"the original is not a linear layer with LoRA: relative distance {theirs:.1e}"
     allowed = max(FACTOR * theirs, torch.finfo(other.dtype).eps / 4)
     if not error <= allowed:
         return f"relative error {error:.1e} against float64, the original's is {theirs:.1e}"
-    apart = _distance(mine, other)
+    apart = distance(mine, other)
     if not apart <= 1.5 * (allowed + theirs):  # what two such errors can add up to; the sample may flatter either
         return f"relative distance {apart:.1e} from the original, whose error is {theirs:.1e}"
     return None
-
-
-def _run(
-    x: Tensor, dys: list[Tensor], adapters: list[Tensor], f: Callable[[Tensor], Sequence[Tensor] | None]
-) -> list[Tensor] | None:
-    """Outputs, then the gradients of x and of the adapters."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        outs = f(x)
-        if outs is None:
-            return None
-        gradients = torch.autograd.grad(list(outs), [x, *adapters], dys)
-    return [*(y.detach() for y in outs), *gradients]
 
 
 def _exact(
@@ -160,13 +213,6 @@ def _exact(
 def _sample(n: int, like: Tensor) -> Tensor:
     """Up to COLUMNS indices below n, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, COLUMNS), device=like.device).round().long()
-
-
-def _distance(value: Tensor, truth: Tensor) -> float:
-    """Relative root-mean-square error; infinite where there is a NaN."""
-    truth = truth.double()
-    error = ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
-    return error if error == error else float("inf")
 
 
 @contextlib.contextmanager

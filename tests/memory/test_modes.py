@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from patch_models import MODELS, inputs_of, llama, lora, lora_llama, run, traces
+from patch_models import MODELS, assert_same, inputs_of, llama, lora, lora_llama, run, traces
 from torch import nn
 
 import fastpeft
@@ -43,14 +43,17 @@ def test_gradients_are_those_of_none(name: str, fused: bool) -> None:
         from fastpeft.memory import install
 
         install(model, [mode] * len(find_layers(model)))
-        assert_equal(run(model), plain)
+        if fused and name == "bert":  # a layer's last norm makes the next one's q, k and v, but not across checkpoints
+            assert_same(run(model), plain, tolerance=1e-6)
+        else:
+            assert_equal(run(model), plain)
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
 def test_full_fine_tuning(mode: str) -> None:
     """No adapter in sight: checkpointing is set all the same, and weights get their gradients."""
     torch.manual_seed(0)
-    model = llama().train()
+    model = fastpeft.patch(llama().train(), loss="never")
     plain = run(model)
     fastpeft.patch(model, loss="never", checkpoint=mode)
     assert installed(model) == [mode] * 2
@@ -302,8 +305,8 @@ def test_no_mode_runs_a_product_whose_result_nobody_reads() -> None:
     plain = flops_of_a_step(patched())
     tokens, layers, rank = inputs_of(patched())["input_ids"].numel(), 2, 4
     hidden, keys, wide = 64, 32, 96
-    gate_up = 2 * (hidden * wide + rank * (hidden + wide))
-    attention = 2 * hidden * (hidden + keys) + rank * (6 * hidden + 2 * keys)
-    down = rank * wide  # its adapter's first product is asked for by the adapter's gradient
-    for mode, again in [("selective", 0), ("mlp", gate_up + down), ("block", gate_up + attention + down)]:
+    # An adapter's first product is counted for o alone: the others' are made in the pass of the norm or the activation.
+    gate_up = 2 * (hidden * wide + rank * wide)
+    attention = 2 * hidden * (hidden + keys) + rank * (3 * hidden + 2 * keys)
+    for mode, again in [("selective", 0), ("mlp", gate_up), ("block", gate_up + attention)]:
         assert flops_of_a_step(patched(checkpoint=mode)) - plain == 2 * layers * tokens * again, mode

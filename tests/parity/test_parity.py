@@ -122,6 +122,7 @@ def test_groups_are_found(family: Family, base: nn.Module) -> None:
     model = fastpeft.patch(adapted(peft, base, family))
     report = fastpeft.report(model)
     assert report.note is None
-    callers = {m for m in model.modules() if hasattr(m.__dict__.get("forward"), "groups")}
-    assert sum(len(m.forward.groups) for m in callers) == family.groups
+    groups = {getattr(m.__dict__.get("forward"), "group", None) for m in model.modules()} - {None}
+    assert sum(len(group.members) > 1 for group in groups) == family.groups
+    assert family.joined == sum("is not kept" in (row.form or "") for row in report.rows)
     assert all("no fused form" in row.reason for row in report.left), report.left

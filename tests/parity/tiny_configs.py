@@ -34,7 +34,8 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     target_modules: Any = "all-linear"
     options: dict[str, Any] = field(default_factory=dict)  # of LoraConfig
-    groups: int = 0  # groups that patch finds in the whole model
+    groups: int = 0  # groups of several layers that patch finds in the whole model
+    joined: int = 6  # norms and activations that are one operator with the layers they feed
 
     def make(self) -> nn.Module:
         """The model, in eval mode (no dropout) with parameters that are all random."""
@@ -68,14 +69,14 @@ FAMILIES = {
     "gemma": Family("gemma", GROUPED | {"head_dim": 16}, groups=4),
     "gemma2": Family("gemma2", GROUPED | {"head_dim": 16, "sliding_window": 16}, groups=4),
     "gemma3": Family("gemma3_text", GROUPED | {"head_dim": 16, "sliding_window": 16}, groups=4),
-    "phi": Family("phi", COMMON, groups=2),
+    "phi": Family("phi", COMMON, groups=2, joined=4),
     "phi3": Family("phi3", GROUPED),
-    "olmo2": Family("olmo2", GROUPED, groups=4),
+    "olmo2": Family("olmo2", GROUPED, groups=4, joined=2),
     "granite": Family("granite", GROUPED | {"attention_multiplier": 0.2}, groups=4),
     "smollm3": Family("smollm3", GROUPED, groups=4),
     "starcoder2": Family("starcoder2", GROUPED, groups=2),
     "stablelm": Family("stablelm", GROUPED, groups=4),
-    "cohere": Family("cohere", GROUPED, groups=4),
+    "cohere": Family("cohere", GROUPED, groups=2, joined=4),
     "glm4": Family("glm4", GROUPED | {"head_dim": 16}, groups=2),
     "gpt_neox": Family("gpt_neox", COMMON),
     "gpt2": Family("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}),
@@ -86,18 +87,21 @@ FAMILIES = {
         "gptj",
         {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": VOCABULARY},
         groups=2,
+        joined=4,
     ),
     "mixtral": Family(
         "mixtral",
         MOE | {"num_local_experts": 4},
         options={"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         groups=2,
+        joined=2,
     ),
     "qwen3_moe": Family(
         "qwen3_moe",
         MOE | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16},
         options={"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
         groups=2,
+        joined=2,
     ),
     "bert": Family("bert", COMMON, "AutoModelForMaskedLM", groups=2),
     "roberta": Family("roberta", COMMON, "AutoModelForMaskedLM", groups=2),
@@ -114,6 +118,7 @@ FAMILIES = {
         },
         "AutoModelForSeq2SeqLM",
         groups=6,
+        joined=10,
     ),
     "vit": Family(
         "vit",

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import fastpeft
-from fastpeft.patch.group import Forward
+from fastpeft.patch.forwards import Forward
 
 LIBRARIES = {"peft": peft, "fastpeft": fastpeft}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,18 +111,20 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
 
 
 def groups_of(model: nn.Module) -> dict[tuple[str, ...], int]:
-    """Member names of each patched group to how often there is such a group."""
+    """Member names of each patched group of several layers to how often there is such a group."""
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     found: dict[tuple[str, ...], int] = {}
     for group in all_groups(model):
-        names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-        key = tuple(names[member.module] for member in group.members)
-        found[key] = found.get(key, 0) + 1
+        if len(group.members) > 1:
+            key = tuple(names[member.module] for member in group.members)
+            found[key] = found.get(key, 0) + 1
     return found
 
 
 def all_groups(model: nn.Module) -> list[Any]:
     """Every group of a patched model."""
-    return [group for m in model.modules() for group in getattr(m.__dict__.get("forward"), "groups", [])]
+    groups = [getattr(m.__dict__.get("forward"), "group", None) for m in model.modules()]
+    return list(dict.fromkeys(group for group in groups if group is not None))
 
 
 def traces(model: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from patch_models import all_groups, lora
 from torch import Tensor, nn
 
 from fastpeft import patch
+from fastpeft.patch import forwards as forwards_module
 from fastpeft.patch import group as group_module
 
 
@@ -54,7 +55,7 @@ def x(device: torch.device) -> Tensor:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each call of the operators computed."""
     seen: list[int] = []
-    group, alone = group_module.lora_linear_group, group_module.lora_linear
+    group, alone = group_module.lora_linear_group, forwards_module.lora_linear
 
     def counted_group(x: Tensor, weights: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(len(weights))
@@ -65,7 +66,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return alone(*args)
 
     monkeypatch.setattr(group_module, "lora_linear_group", counted_group)
-    monkeypatch.setattr(group_module, "lora_linear", counted_alone)
+    monkeypatch.setattr(forwards_module, "lora_linear", counted_alone)
     return seen
 
 
@@ -162,7 +163,7 @@ def test_nothing_is_kept_after_the_call(model: Any, x: Tensor) -> None:
 
     def step(x: Tensor) -> None:
         a.q(x)  # the others never ask for their part
-        kept.extend(weakref.ref(part) for part in group.entry[2] if part is not None)
+        kept.extend(weakref.ref(part) for part in group.entry.outs if part is not None)
 
     a.step = step
     model.attention(x)

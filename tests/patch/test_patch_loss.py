@@ -49,7 +49,7 @@ def assert_same_step(model: Any, other: Any, **more: Any) -> Any:
 def pair(device: torch.device) -> tuple[Any, Any]:
     """A Llama with LoRA, patched and as it is."""
     model = lora_llama().to(device)
-    return patch(copy.deepcopy(model)), model
+    return patch(copy.deepcopy(model), blocks="never"), model
 
 
 @pytest.mark.parametrize("name", WITH_LOSS)
@@ -57,7 +57,7 @@ def test_full_fine_tuning_of_every_kind_of_model(name: str, device: torch.device
     """Tied embeddings among them (GPT-2, BERT, T5), biased heads, losses that the model's forward spells out itself."""
     torch.manual_seed(0)
     model = MODELS[name]().to(device).eval()
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     assert [row.fused for row in heads(patched)] == ["linear_cross_entropy"]
     output = assert_same_step(patched, model)
     assert type(output.logits) is Logits and output.logits.pending
@@ -84,7 +84,7 @@ def test_nothing_as_large_as_the_logits(device: torch.device) -> None:
         sizes[which] = 0
         with Watch():
             step(model)
-        patch(model)
+        patch(model, blocks="never")
     assert sizes["eager"] >= logits
     assert sizes["patched"] <= logits // 8 or device.type != "cpu"
 
@@ -96,7 +96,7 @@ def test_a_head_with_an_adapter(library: str, dropout: float, device: torch.devi
     torch.manual_seed(0)
     options = {"target_modules": ["q_proj", "lm_head"], "lora_dropout": dropout}
     model = lora(llama(), library, **options).to(device).train(bool(dropout))
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     assert [row.fused for row in heads(patched)] == ["linear_cross_entropy"]
     if not dropout:
         assert_same_step(patched, model)
@@ -120,7 +120,7 @@ def test_a_head_with_an_adapter(library: str, dropout: float, device: torch.devi
 def test_adapters_of_the_head_may_change(device: torch.device) -> None:
     torch.manual_seed(0)
     model = lora(llama(), "peft", target_modules=["lm_head"]).to(device)
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     for m in (patched, model):
         m.disable_adapter_layers()
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_adapters_of_the_head_may_change(device: torch.device) -> None:
 def test_a_head_that_is_trained_beside_adapters(device: torch.device) -> None:
     torch.manual_seed(0)
     model = lora(llama(), "peft", target_modules=["q_proj"], modules_to_save=["lm_head"]).to(device)
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     assert {row.fused for row in heads(patched)} == {"linear_cross_entropy"}
     assert assert_same_step(patched, model).logits.pending
 
@@ -238,7 +238,7 @@ def test_mixed_precision_as_accelerate_has_it(device: torch.device) -> None:
     operations = pytest.importorskip("accelerate.utils.operations")
     torch.manual_seed(0)
     model = lora_llama().to(device)
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     _, exact = step(model)
     found = []
     for m in (patched, model):
@@ -257,7 +257,7 @@ def test_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
     exact = lora_llama().to(device)
     model = copy.deepcopy(exact).to(dtype)
-    patched = patch(copy.deepcopy(model))
+    patched = patch(copy.deepcopy(model), blocks="never")
     assert {row.fused for row in heads(patched)} == {"linear_cross_entropy"}, heads(patched)
     exact.load_state_dict(model.state_dict())
     (ours, _), (theirs, _), (truth, _) = step(patched), step(model), step(exact)
@@ -272,7 +272,7 @@ def test_distributed_data_parallel(unused: bool, tmp_path: Path, device: torch.d
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = lora_llama().to(device)
-        patched = patch(copy.deepcopy(model))
+        patched = patch(copy.deepcopy(model), blocks="never")
         wrapped = nn.parallel.DistributedDataParallel(patched, find_unused_parameters=unused)
         output = wrapped(**inputs_of(patched))
         output.loss.backward()
@@ -389,7 +389,7 @@ def test_left_as_it_is_with_the_reason(change: Callable[[Any], None], device: to
     model = llama().to(device)
     change(model)
     before = run(model)
-    patch(model)
+    patch(model, blocks="never")
     (row,) = heads(model)
     assert row.fused is None and LEFT[change] in row.reason
     assert not any(isinstance(m.__dict__.get("forward"), loss_module.HeadForward) for m in model.modules())

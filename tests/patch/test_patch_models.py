@@ -68,7 +68,7 @@ def test_biases_and_ranks_that_differ(device: torch.device) -> None:
 def test_bare_models(device: torch.device) -> None:
     model = llama().to(device)
     before = dict(model.__dict__)
-    assert patch(model, loss="never") is model and not traces(model) and model.__dict__ == before
+    assert patch(model, blocks="never", loss="never") is model and not traces(model) and model.__dict__ == before
     assert report(model).rows == [] and "nothing to fuse" in str(report(model))
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -78,6 +78,8 @@ def test_bare_models(device: torch.device) -> None:
     assert groups_of(model) == {("q_proj", "k_proj", "v_proj"): 2}  # k_proj has no adapter and joins
     assert_same(run(model), before)
     patch(model, stack="never")
+    assert groups_of(model) == {("q_proj", "k_proj", "v_proj"): 2}  # the norm feeds all three
+    patch(model, stack="never", blocks="never")
     assert groups_of(model) == {("q_proj", "v_proj"): 2}  # there it would gain nothing
     assert_same(run(model), before)
     unpatch(model)

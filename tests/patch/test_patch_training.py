@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from patch_models import LIBRARIES, all_groups, assert_same, inputs_of, lora_llama, run
+from patch_models import LIBRARIES, all_groups, assert_same, inputs_of, llama, lora, lora_llama, run
 
 from fastpeft import patch, unpatch
-from fastpeft.patch import group as group_module
+from fastpeft.patch import forwards as forwards_module
+from fastpeft.patch import producers as producers_module
+from fastpeft.patch import recognise as recognise_module
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -26,19 +28,23 @@ def test_gradient_checkpointing(use_reentrant: bool, p: float, device: torch.dev
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_autocast(library: str, device: torch.device) -> None:
-    """No further from the fp32 result than the unpatched model is, twice over."""
-    model = lora_llama(library).to(device)
-    exact = run(model)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        theirs = run(model)
-        patch(model, stack="always")
-        ours = run(model)
-    assert ours[0].dtype == theirs[0].dtype
-    for mine, other, truth in [
-        (ours[0], theirs[0], exact[0]),
-        *((ours[1][n], theirs[1][n], g) for n, g in exact[1].items()),
-    ]:
-        assert (mine - truth).norm() <= 2 * (other - truth).norm()
+    """No further from the fp32 result than the unpatched model is, twice over, as the mean square of several models."""
+    errors: dict[str, list[float]] = {}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = lora(llama(), library).to(device)
+        exact = run(model)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            theirs = run(model)
+            patch(model, stack="always")
+            ours = run(model)
+        assert ours[0].dtype == theirs[0].dtype
+        for name, truth in [("logits", exact[0]), *exact[1].items()]:
+            mine, other = ((r[0] if name == "logits" else r[1][name]) for r in (ours, theirs))
+            sums = errors.setdefault(name, [0.0, 0.0])
+            for i, found in enumerate((mine, other)):
+                sums[i] += ((found - truth).norm() / truth.norm()).square().item()
+    assert all(mine <= 2**2 * other for mine, other in errors.values())
 
 
 def test_gradient_accumulation_and_retained_graphs(device: torch.device) -> None:
@@ -136,11 +142,14 @@ def test_no_planning_in_a_step(device: torch.device, monkeypatch: pytest.MonkeyP
         raise AssertionError("a layer was read again")
 
     calls = []
-    group = group_module.lora_linear_group
-    monkeypatch.setattr(group_module, "read_lora", forbidden)
-    monkeypatch.setattr(group_module, "lora_linear_group", lambda *a, **k: (calls.append(1), group(*a, **k))[1])
+    monkeypatch.setattr(forwards_module, "read_lora", forbidden)
+    monkeypatch.setattr(recognise_module.Spec, "tried", forbidden)
+    for name in ("norm_linear", "glu_linear"):
+        operator = getattr(producers_module, name)
+        counted = lambda *a, f=operator, **k: (calls.append(1), f(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(producers_module, name, counted)
     run(model)
-    assert len(calls) == len(all_groups(model)) == 4
+    assert len(calls) == len(all_groups(model)) == 6
 
 
 def test_accelerate_hooks_put_on_a_patched_model(device: torch.device) -> None:
