@@ -26,8 +26,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: these kernels
 import torch
 import triton
 from fastpeft.kernels import (
-    cross_entropy,
     _launch,
+    cross_entropy,
     dora_linear,
     layer_norm,
     lora_embedding,
