@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ._device import cast, dot, dot_rim, operand, pick
 from ._launch import (
+    aligned,
     chunks,
     config,
     limits,
@@ -168,17 +169,17 @@ def expand_backward(
     return True
 
 
-def _shrink_backward_tile(R: int, members: int, M: int, n: int) -> dict[str, Any] | None:
+def _shrink_backward_tile(R: int, members: int, M: int, n: int, vector: bool = True) -> dict[str, Any] | None:
     """The tile; None where the sums of one member (BR x BK) would not stay in registers.
 
     BK = 64 columns are one 128-byte line of a 16-bit x, and give enough programs that dA rarely needs a second pass.
     """
     BR = power_of_two(R, 16, 1024)
-    most = {1: 64, 3: 32, 6: 16}[n]
-    if most < BR:
+    if {1: 64, 3: 32, 6: 16}[n] < BR:
         return None
+    G = per_pass(members, ({1: 48, 3: 32, 6: 16}[n] if vector else 16) // BR)
     BM = power_of_two(M, 16, 16 if n == 6 else 32)
-    return config(warps=4, stages=2, G=per_pass(members, most // BR), BM=BM, BK=64, BR=BR)
+    return config(warps=4, stages=2, G=G, BM=BM, BK=64, BR=BR)
 
 
 def shrink_backward(
@@ -191,7 +192,7 @@ def shrink_backward(
     """
     M, K = x.shape
     R = A.shape[0] // len(c)
-    tile = _shrink_backward_tile(R, min(len(c), 4), M, products(x, A))
+    tile = _shrink_backward_tile(R, min(len(c), 4), M, products(x, A), aligned(x))
     if tile is None:
         return False
     programs = triton.cdiv(K, tile["BK"])

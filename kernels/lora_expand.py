@@ -73,7 +73,7 @@ def _expand_kernel(
 def _expand_tile(R: int, M: int, n: int) -> dict[str, Any]:
     """32 fp32 sums a thread, and as many elements of y."""
     BM = power_of_two(M, 16, 32 if n == 6 else 64)
-    BR = power_of_two(R, 16, 32 if n == 6 else 64)
+    BR = power_of_two(R, 16, {1: 64, 3: 32, 6: 16}[n])
     return config(warps=BM // 8, stages=2, BM=BM, BN=128, BR=BR, LOOP=R > BR)
 
 

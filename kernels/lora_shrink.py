@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ._device import cast, dot, operand, pick
 from ._launch import (
+    aligned,
     chunks,
     config,
     limits,
@@ -96,16 +97,22 @@ def members_of(scaling: Sequence[float], rows: int, p: float) -> tuple[list[floa
     return [kept_scale(c, p) for c in scaling], rows // len(scaling), drop
 
 
-def _shrink_tile(R: int, members: int, M: int, n: int, drop: bool, multiprocessors: int) -> dict[str, Any]:
-    """At most 64 fp32 sums a thread (32 beside the sums of `n` > 1 products), and a stage of x of 16 KiB; of less where
-    sums or masks need the registers.
+def _shrink_tile(
+    R: int, members: int, M: int, n: int, drop: bool, multiprocessors: int, vector: bool = True
+) -> dict[str, Any]:
+    """At most 64 fp32 sums a thread, and a stage of x of 8 KiB; of less where the registers go to masks, to the parts
+    of `n` > 1 products, or to loads that are not `vector` loads. (Stages of 16 KiB spilled four registers on sm_90.)
 
     A warp to 16 rows: more would make each mask more than once. 64 rows, unless that leaves multiprocessors idle.
     """
-    BR = power_of_two(R, 16, 128 if n == 1 else 64)
+    most = {1: 128, 3: 64, 6: 32}[n] if vector else 32
+    BR = power_of_two(R, 16, most)
     BM = power_of_two(M, 16, 32 if n == 6 or triton.cdiv(M, 64) * triton.cdiv(R, BR) < multiprocessors else 64)
-    G = per_pass(members, {1: 128, 3: 64, 6: 32}[n] // BR)
-    BK = 32 if n == 6 or (drop and G > 1) else 64 if n == 3 or drop or BR > 64 else 128
+    G = per_pass(members, most // BR)
+    if n == 6 and BR > 16:
+        BK = 16
+    else:
+        BK = 32 if n == 6 or not vector or (drop and G > 1) or (n == 3 and BR > 32) else 64
     return config(warps=BM // 16, stages=3, G=G, BM=BM, BK=BK, BR=BR)
 
 
@@ -119,7 +126,7 @@ def shrink_into(
     x = unit_columns(x)
     c, R, drop = members_of(scaling, A.shape[0], p)
     multiprocessors = limits(x.device).multiprocessors
-    tile = _shrink_tile(R, min(len(c), 4), M, products(x, A), drop, multiprocessors)
+    tile = _shrink_tile(R, min(len(c), 4), M, products(x, A), drop, multiprocessors, aligned(x, A))
     programs = triton.cdiv(M, tile["BM"]) * triton.cdiv(R, tile["BR"]) * triton.cdiv(len(c), tile["G"])
     # A second launch pays only where most multiprocessors would be idle, and for parts of 1024 columns or more.
     steps = triton.cdiv(K, tile["BK"])

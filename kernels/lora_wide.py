@@ -167,14 +167,15 @@ def wide_tile(M: int, N: int, sums: int, bits32: bool, device: torch.device) -> 
 def _sums(operand: torch.Tensor, weight: torch.Tensor, adapter: torch.Tensor, apart: bool) -> int:
     """How many sums a thread may keep.
 
-    Half where the rim is `apart`, which takes a second accumulator and perhaps the mask; a quarter if the
-    adapter is split in two besides, or where rows are not aligned: only vector loads go past the registers.
+    Half where the rim is `apart`, which takes a second accumulator and perhaps the mask, or where the adapter is split
+    in parts; a quarter for both, or where rows are not aligned: only vector loads go past the registers.
     """
     if operand.dtype == torch.float32:
         return 16 if apart else 32
-    if not aligned(operand, weight) or (apart and adapter.dtype == torch.float32):
+    split = adapter.dtype == torch.float32
+    if not aligned(operand, weight) or (apart and split):
         return 32
-    return 64 if apart else 128
+    return 64 if apart or split else 128
 
 
 def _rank_step(R: int, adapter: torch.Tensor, tile: dict[str, Any]) -> int:

@@ -20,11 +20,14 @@ if not (Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump").exists()
 
 CASES = (
     "philox mask",
+    "shrink r16",
+    "shrink r128 K odd",
     "shrink r16 x3 dropout",
     "shrink r512",
     "expand r16 x3",
     "expand_backward r128",
     "shrink_backward r16 x3 dropout",
+    "shrink_backward r16 x4 dropout",
     "shrink_backward r16 x3 fp32 dropout",
     "shrink_backward r512 dropout",
     "wide r16 x3",
