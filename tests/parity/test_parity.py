@@ -122,6 +122,9 @@ def test_groups_are_found(family: Family, base: nn.Module) -> None:
     model = fastpeft.patch(adapted(peft, base, family))
     report = fastpeft.report(model)
     assert report.note is None
+    losses = [row.fused for row in report.rows if row.kind.startswith("head")]
+    assert losses == ([] if family.model_type == "vit" else ["linear_cross_entropy"])
+    assert family.model_type == "vit" or model(**family.batch()).logits.pending
     groups = {getattr(m.__dict__.get("forward"), "group", None) for m in model.modules()} - {None}
     assert sum(len(group.members) > 1 for group in groups) == family.groups
     assert family.joined == sum("is not kept" in (row.form or "") for row in report.rows)
