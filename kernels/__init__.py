@@ -12,6 +12,8 @@ says, before that, whether a launch can work:
 | `lora_embedding` | forward and backward of an embedding with an adapter |
 | `dora_linear`, `weight_norm` | what DoRA does beside a base product, and the norms it divides by |
 | `rms_norm`, `layer_norm` | the norms; the kernels behind them are in `norm` and `norm_shrink` |
+| `glu`, `activation` | activations, gated or not, alone and with the adapter's product of the result |
+| `rope` | rotary position embeddings |
 | `philox` | dropout masks |
 """
 

@@ -29,11 +29,13 @@ from fastpeft.kernels import (
     _launch,
     cross_entropy,
     dora_linear,
+    glu,
     layer_norm,
     lora_embedding,
     lora_linear,
     philox,
     rms_norm,
+    rope,
     weight_norm,
 )
 from triton.backends.compiler import GPUTarget
@@ -195,6 +197,39 @@ def _norm(
     return call
 
 
+def _glu(
+    operator: str, act: str = "silu", r: int = 16, members: int = 1, p: float = 0.0, x: torch.dtype = BF16,
+    a: torch.dtype | None = None, gated: bool = True, N: int = 14336, M: int = 4096,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        X = torch.empty(M, N, dtype=x)
+        up = X if gated else None
+        A, S = torch.empty(members * r, N, dtype=a or x), torch.empty(M, members * r, dtype=a or x)
+        rest = (A, [2.0] * members, p, torch.zeros(1, dtype=torch.int64) if p else None)
+        return {
+            "forward": lambda: glu.glu(X, up, act),
+            "backward": lambda: glu.glu_backward(X, X, up, act),
+            "shrink": lambda: glu.glu_shrink(X, up, act, *rest),
+            "shrink_backward": lambda: glu.glu_shrink_backward(X, S, X, up, act, *rest, True),
+            "dA": lambda: glu.glu_shrink_backward(None, S, X, up, act, *rest, False),
+        }[operator]()
+
+    return call
+
+
+def _rope(
+    heads: tuple[int, int], width: int, columns: int, x: torch.dtype = BF16, interleaved: bool = False,
+    pairs: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        q, k = (torch.empty(2, 2048, h * width, dtype=x).view(2, 2048, h, width).transpose(1, 2) for h in heads)
+        cos = torch.empty(1, 2048, columns // 2 if pairs else columns, dtype=x)
+        rope.rope(q, k, cos, cos, interleaved, pairs, False)
+        return rope.rope(q, k, cos, cos, interleaved, pairs, True)
+
+    return call
+
+
 # What is worth compiling: every kernel, in each of the tile configurations that its launcher can choose.
 CASES: dict[str, Callable[[], object]] = {
     "philox mask": lambda: philox.dropout_mask(torch.zeros(1, dtype=torch.int64), 64, 4096, 0, 0.05),
@@ -277,6 +312,29 @@ CASES: dict[str, Callable[[], object]] = {
     "weight_norm r384": _dora("norm", 384),
     "weight_norm r16 bf16 W fp32 A": _dora("norm", 16, b=FP32),
     "weight_norm r64 fp32": _dora("norm", 64, FP32),
+    **{f"glu forward {act}": _glu("forward", act) for act in glu.NAMES},
+    **{f"glu backward {act}": _glu("backward", act) for act in glu.NAMES},
+    "glu backward gelu fp32 plain": _glu("backward", "gelu", x=FP32, gated=False),
+    "glu forward N odd": _glu("forward", N=14335),
+    "glu shrink r16": _glu("shrink"),
+    "glu shrink r16 gelu dropout": _glu("shrink", "gelu", p=0.05),
+    "glu shrink r16 x3 dropout": _glu("shrink", members=3, p=0.05),
+    "glu shrink r64": _glu("shrink", r=64),
+    "glu shrink r16 bf16 gate fp32 A dropout": _glu("shrink", p=0.05, a=FP32),
+    "glu shrink r16 fp32": _glu("shrink", x=FP32),
+    "glu shrink r16 one row": _glu("shrink", M=1),
+    "glu shrink_backward r16": _glu("shrink_backward"),
+    "glu shrink_backward r16 gelu dropout": _glu("shrink_backward", "gelu", p=0.05),
+    "glu shrink_backward r16 x3 dropout": _glu("shrink_backward", members=3, p=0.05),
+    "glu shrink_backward r64 dropout": _glu("shrink_backward", r=64, p=0.05),
+    "glu shrink_backward r16 bf16 gate fp32 A dropout": _glu("shrink_backward", p=0.05, a=FP32),
+    "glu shrink_backward r16 fp32 dropout": _glu("shrink_backward", p=0.05, x=FP32),
+    "glu dA r16": _glu("dA"),
+    "rope D128": _rope((32, 8), 128, 128),
+    "rope D64 fp32": _rope((9, 3), 64, 64, FP32),
+    "rope D80 partial": _rope((32, 32), 80, 32),
+    "rope D128 interleaved": _rope((32, 8), 128, 128, interleaved=True),
+    "rope D128 interleaved pairs fp32": _rope((32, 2), 128, 64, FP32, True, True),
     "embedding r16": _embedding(16, BF16),
     "embedding r64": _embedding(64, BF16),
     "embedding r16 fp32": _embedding(16, FP32),

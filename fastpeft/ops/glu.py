@@ -158,18 +158,20 @@ def _shrink_backward_fake(
 
 # Results are all optional where one is: a C++ kernel that calls the reference gets the types of the results in reverse
 # (torch_call_dispatcher of torch 2.10 to 2.13).
-define("glu", "(Tensor gate, Tensor? up, str act) -> Tensor", reference=glu_reference, fake=_fake)
+define("glu", "(Tensor gate, Tensor? up, str act) -> Tensor", reference=glu_reference, fake=_fake, kernels="glu")
 define(
     "glu_backward",
     "(Tensor dh, Tensor gate, Tensor? up, str act) -> (Tensor? dgate, Tensor? dup)",
     reference=glu_backward_reference,
     fake=_backward_fake,
+    kernels="glu",
 )
 define(
     "glu_shrink",
     "(Tensor gate, Tensor? up, str act, Tensor A, float[] scaling, float p, Tensor? seed) -> (Tensor h, Tensor s)",
     reference=glu_shrink_reference,
     fake=_shrink_fake,
+    kernels="glu",
 )
 define(
     "glu_shrink_backward",
@@ -177,4 +179,5 @@ define(
     "bool need_input) -> (Tensor? dgate, Tensor? dup, Tensor? dA)",
     reference=glu_shrink_backward_reference,
     fake=_shrink_backward_fake,
+    kernels="glu",
 )

@@ -149,4 +149,5 @@ define(
     "-> (Tensor? q_out, Tensor? k_out)",
     reference=rope_reference,
     fake=_fake,
+    kernels="rope",
 )

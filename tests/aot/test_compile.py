@@ -33,6 +33,11 @@ CASES = (
     "wide r16 x3",
     "wide r16 fp32",
     "wide_backward r16 x3 dropout",
+    "glu backward gelu",
+    "glu shrink r16 x3 dropout",
+    "glu shrink_backward r16 x3 dropout",
+    "rope D128",
+    "rope D128 interleaved",
     "embedding r16",
     "dora mix r16",
     "dora backward r16",
@@ -81,7 +86,8 @@ def test_no_kernel_spills(rows, target):
     compiled = [row for row in rows if row["target"] == target]
     assert {row["kernel"] for row in compiled} >= {
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "wide", "wide_backward",
-        "gather", "embedding", "scatter", "norm", "norm_backward", "parameters", "remake", "norm_shrink",
+        "gather", "embedding", "scatter", "glu_backward", "glu_shrink", "glu_shrink_backward", "rope",
+        "norm", "norm_backward", "parameters", "remake", "norm_shrink",
         "norm_shrink_backward", "norm_outer", "cross_entropy_accumulate", "cross_entropy_gradient",
     }  # fmt: skip
     assert not [row for row in compiled if row["spills"]]

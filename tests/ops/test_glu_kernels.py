@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from glu_results import case, everything, magnitudes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpeft.ops.activation import ACTIVATIONS
 from fastpeft.ops.backend import OPS, cpu_extension
-from fastpeft.ops.products import shrink_backward_reference, shrink_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 AUTO, REFERENCE = OPS["auto"], OPS["reference"]
@@ -20,72 +20,36 @@ AUTO, REFERENCE = OPS["auto"], OPS["reference"]
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict:
-    """Operands; gate, up, dh and ds are column blocks of wider matrices."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    rows, n = draw(st.integers(0, 150)), draw(st.integers(1, 200))
-    members, rank = draw(st.integers(1, 3)), draw(st.integers(1, 40))
-    dtype = draw(st.sampled_from(FLOATS))
-    adapter = draw(st.sampled_from((dtype, torch.float32)))
-    p, gap = draw(st.sampled_from((0.0, 0.05, 0.6))), draw(st.integers(0, 9))
-
-    def block(columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
-        return (size * torch.randn(rows, columns + gap)).to(dtype)[:, :columns]
-
-    return {
-        "gate": block(n, dtype, 2.0),
-        "up": block(n, dtype) if draw(st.booleans()) else None,
-        "dh": block(n, dtype),
-        "ds": block(members * rank, adapter),
-        "A": torch.randn(members * rank, n).to(adapter),
-        "act": draw(st.sampled_from(list(ACTIVATIONS))),
-        "dropout": (
-            [draw(st.floats(0.1, 4.0)) for _ in range(members)],
-            p,
-            torch.randint(2**63 - 1, (1,)) if p else None,
-        ),
-    }
-
-
-def everything(ops: object, case: dict, cast: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """All results of the four operators."""
-    gate, up, dh, ds, A = (None if case[k] is None else cast(case[k]) for k in ("gate", "up", "dh", "ds", "A"))
-    act, dropout = case["act"], case["dropout"]
-    out = {"h": ops.glu(gate, up, act)}
-    out["dgate"], out["dup"] = ops.glu_backward(dh, gate, up, act)
-    out["shrink h"], out["s"] = ops.glu_shrink(gate, up, act, A, *dropout)
-    found = ops.glu_shrink_backward(dh, ds, gate, up, act, A, *dropout, True)
-    out["shrink dgate"], out["shrink dup"], out["dA"] = found
-    *none, out["dA alone"] = ops.glu_shrink_backward(None, ds, gate, up, act, A, *dropout, False)
-    assert none == [None, None]
-    return {name: t for name, t in out.items() if t is not None}
-
-
-def magnitudes(case: dict, h: Tensor) -> dict[str, Tensor]:
-    """The sums of magnitudes behind the results that are sums, in float64."""
-    gate, dh, ds, A, h = (t.double().abs() for t in (case["gate"], case["dh"], case["ds"], case["A"], h))
-    up = torch.ones_like(gate) if case["up"] is None else case["up"].double().abs()
-    total = dh.clone()
-    dA = shrink_backward_reference(ds, h, A, *case["dropout"], total)
-    f, d = (function(case["gate"].double()).abs() for function in ACTIVATIONS[case["act"]])
-    d = d + 0.5  # where a derivative is zero, terms of about half that cancel
-    s = shrink_reference(h, A, *case["dropout"])
-    sums = {"s": s, "dA": dA, "dA alone": dA}
-    return sums | {"dgate": dh * up * d, "shrink dgate": total * up * d, "shrink dup": total * f}
+    members, dtype = draw(st.integers(1, 3)), draw(st.sampled_from(FLOATS))
+    return case(
+        draw(st.integers(0, 150)),
+        draw(st.integers(1, 200)),
+        members,
+        draw(st.integers(1, 40)),
+        dtype,
+        draw(st.sampled_from((dtype, torch.float32))),
+        draw(st.sampled_from((0.0, 0.05, 0.6))),
+        draw(st.sampled_from(list(ACTIVATIONS))),
+        draw(st.booleans()),
+        draw(st.integers(0, 9)),
+        [draw(st.floats(0.1, 4.0)) for _ in range(members)],
+    )
 
 
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(case=cases())
-def test_operators_equal_the_reference(isa: str, no_worse: Callable[..., None], case: dict) -> None:
-    ours = everything(AUTO, case, lambda t: t)
-    theirs = everything(REFERENCE, case, lambda t: t)
-    exact = everything(REFERENCE, case, Tensor.double)
+@given(operands=cases())
+def test_operators_equal_the_reference(isa: str, no_worse: Callable[..., None], operands: dict) -> None:
+    ours = everything(AUTO, operands, lambda t: t)
+    theirs = everything(REFERENCE, operands, lambda t: t)
+    exact = everything(REFERENCE, operands, Tensor.double)
     assert ours.keys() == exact.keys()
-    sums = magnitudes(case, exact["h"])
+    sums = magnitudes(operands, exact["h"])
     for name, truth in exact.items():
         no_worse(ours[name], theirs[name], truth, sums.get(name) if truth.numel() else None)
-    if case["dropout"][1] == 0.0:
+    if operands["dropout"][1] == 0.0:
         assert torch.equal(ours["h"], ours["shrink h"])
 
 

@@ -18,14 +18,18 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "ops"), str(Path(__file__).paren
 import ptxsim
 import torch
 from count_traffic import recording
+from glu_results import case as glu_case
 from norm_operands import norm_case
 from test_cross_entropy_triton import test_equals_the_reference as cross_entropy_equals_the_reference
+from test_glu_triton import check as check_glu
 from test_lora_embedding_triton import test_equals_the_reference as embedding_equals_the_reference
 from test_lora_linear_triton import BF16, FP16, FP32, Case, check
 from test_norms_triton import FUNCTIONS, KINDS
 from test_norms_triton import check as check_norm
 from test_norms_triton import launch as launch_norm
 from test_philox_triton import test_mask_is_the_references as mask_is_the_references
+from test_rope_triton import Case as RopeCase
+from test_rope_triton import check as check_rope
 from tolerance import no_worse
 
 from fastpeft.ops.backend import OPS
@@ -70,6 +74,12 @@ CASES = {
     "norms of long rows": norms_of_long_rows,
     "cross_entropy": lambda: cross_entropy_equals_the_reference(CPU, BF16, (8192,), 1.0, 0.0),
     "odd cross_entropy": lambda: cross_entropy_equals_the_reference(CPU, FP16, (37, 130), 0.7, 4.0),
+    "glu": lambda: check_glu(glu_case(64, 256, 1, 16, BF16, BF16, 0.1, "silu", gap=16)),
+    "glu plain odd": lambda: check_glu(glu_case(33, 71, 2, 5, FP16, FP32, 0.1, "gelu", False)),
+    # Enough tokens for a program on every multiprocessor: then each reads its rows of the tables once.
+    "rope": lambda: check_rope(RopeCase(1, 872, (1, 1), 128, 128, dtype=BF16)),
+    "rope interleaved": lambda: check_rope(RopeCase(1, 872, (1, 1), 128, 128, True, dtype=BF16)),
+    "rope few tokens": lambda: check_rope(RopeCase(2, 3, (3, 1), 26, 10, True, dtype=FP16, table=FP32, shared=False)),
     "embedding": lambda: embedding_equals_the_reference(150, 3, 48, 16, -1, BF16, BF16, torch.int64, CPU),
 }
 

@@ -41,6 +41,7 @@ def test_results_equal_the_reference(counts):
         "gather", "embedding", "scatter",
         "norm", "norm_backward", "parameters", "remake", "norm_shrink", "norm_shrink_backward", "norm_outer",
         "cross_entropy_accumulate", "cross_entropy_gradient",
+        "glu", "glu_backward", "glu_shrink", "glu_shrink_backward", "rope",
     }  # fmt: skip
 
 
@@ -63,6 +64,16 @@ def test_aligned_shapes_are_coalesced_and_free_of_bank_conflicts(counts, case):
         # norm_outer meets conflicts on its sums' way out of the registers, once a program: much beside a few rows.
         if row["kernel"] != "norm_outer":
             assert row["conflicts"] <= 0.1 * row["wavefronts"], row
+
+
+@pytest.mark.parametrize("case", ["glu", "rope", "rope interleaved"])
+def test_activations_and_rotations_move_what_they_must(counts, case):
+    """Coalesced, and from L2 within 1.1 times the bytes of the operands (1.15 where blocks each read the adapter)."""
+    for row in counts[case]:
+        if row["kernel"] == "sum_parts":
+            continue
+        assert min(row["load"], row["store"]) >= 0.95, row
+        assert row["l2"] <= (1.15 if "shrink" in row["kernel"] else 1.1) * row["floor"], row
 
 
 def test_every_operand_is_moved_once(counts):
