@@ -111,7 +111,7 @@ class LayerNorm:
         self, backend: str, dn: Tensor, inputs: Sequence[Any], extras: Sequence[Tensor], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         x, weight, bias = inputs
-        found = OPS[backend].layer_norm_backward(dn, x, *extras, weight, self.offset, None, needs[1], bias, needs[2])
+        found = OPS[backend].layer_norm_backward(dn, x, *extras, weight, bias, self.offset, None, *needs[1:])
         return _wanted(found, needs)
 
     def backward_rim(
