@@ -80,7 +80,7 @@ class Spec:
             if mine.dtype != other.dtype or other.dtype not in FORMULA:
                 return None
             error = worst(other, true)
-            if not (error <= FORMULA[other.dtype] and worst(mine, true) <= max(FACTOR * error, _half_unit(mine))):
+            if not (error <= FORMULA[other.dtype] and worst(mine, true) <= max(FACTOR * error, _unit(mine))):
                 return None
         return found[0][1].dtype
 
@@ -231,11 +231,8 @@ def _conceivable(spec: Spec, module: nn.Module) -> bool:
 
 
 def _eps_of(module: nn.Module) -> list[float]:
-    """The small numbers among a module's attributes; torch's RMSNorm with none uses the dtype's own."""
-    found = [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v <= _LARGEST_EPS]
-    if not found and getattr(module, "eps", 0.0) is None:
-        found = [torch.finfo(module.weight.dtype).eps if isinstance(module.weight, Tensor) else 1.1920928955078125e-07]
-    return found
+    """The small numbers among a module's attributes."""
+    return [v for v in module.__dict__.values() if isinstance(v, float) and 0.0 < v <= _LARGEST_EPS]
 
 
 def _rows(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -254,9 +251,9 @@ def _filled(parameters: tuple[Tensor | None, ...], tensors: list[Tensor]) -> tup
     return tuple(None if t is None else next(given) for t in parameters)
 
 
-def _half_unit(t: Tensor) -> float:
-    """What a single rounding may err by."""
-    return torch.finfo(t.dtype).eps / 2
+def _unit(t: Tensor) -> float:
+    """A unit in the last place: a function of one element may by chance be exact in PyTorch."""
+    return torch.finfo(t.dtype).eps
 
 
 def _run(f: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
