@@ -14,6 +14,7 @@ says, before that, whether a launch can work:
 | `rms_norm`, `layer_norm` | the norms; the kernels behind them are in `norm` and `norm_shrink` |
 | `glu`, `activation` | activations, gated or not, alone and with the adapter's product of the result |
 | `rope` | rotary position embeddings |
+| `nf4` | weights of 4 bits: decoded, and multiplied with |
 | `philox` | dropout masks |
 """
 

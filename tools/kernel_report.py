@@ -33,6 +33,7 @@ from fastpeft.kernels import (
     layer_norm,
     lora_embedding,
     lora_linear,
+    nf4,
     philox,
     rms_norm,
     rope,
@@ -230,6 +231,25 @@ def _rope(
     return call
 
 
+def _four_bits(
+    operator: str, M: int = 16, x: torch.dtype = BF16, r: int = 16, blocksize: int = 64, nested: bool = True,
+    N: int = 4096, K: int = 4096,
+) -> Callable[[], object]:  # fmt: skip
+    def call() -> object:
+        new, blocks = torch.empty, N * K // blocksize
+        scales = (new(256), new(blocks // 256 + 1), new(1)) if nested else (None, None, None)
+        absmax = new(blocks, dtype=torch.uint8 if nested else FP32)
+        w = (new(N * K // 2, dtype=torch.uint8), absmax, new(16), *scales, blocksize, 256 if nested else 0)
+        X, Y, S, A, B = (new(*s, dtype=x) for s in ((M, K), (M, N), (M, r), (r, K), (N, r)))
+        return {
+            "dequantize": lambda: nf4.dequantize_4bit_(new(N, K, dtype=x), *w, K, 0, 0),
+            "linear": lambda: nf4.linear_4bit(X, *w, N, X[0, :1].expand(N), S, B),
+            "linear_backward": lambda: nf4.linear_4bit_backward(Y, *w, K, S, A),
+        }[operator]()
+
+    return call
+
+
 # What is worth compiling: every kernel, in each of the tile configurations that its launcher can choose.
 CASES: dict[str, Callable[[], object]] = {
     "philox mask": lambda: philox.dropout_mask(torch.zeros(1, dtype=torch.int64), 64, 4096, 0, 0.05),
@@ -338,6 +358,17 @@ CASES: dict[str, Callable[[], object]] = {
     "embedding r16": _embedding(16, BF16),
     "embedding r64": _embedding(64, BF16),
     "embedding r16 fp32": _embedding(16, FP32),
+    "4 bits dequantize": _four_bits("dequantize"),
+    "4 bits dequantize fp32": _four_bits("dequantize", x=FP32),
+    "4 bits linear": _four_bits("linear"),
+    "4 bits linear 64 rows": _four_bits("linear", M=64),
+    "4 bits linear fp32": _four_bits("linear", M=32, x=FP32),
+    "4 bits linear block 32": _four_bits("linear", blocksize=32),
+    "4 bits linear block 4096": _four_bits("linear", blocksize=4096, nested=False),
+    "4 bits linear K 4080": _four_bits("linear", K=4080),
+    "4 bits linear_backward": _four_bits("linear_backward"),
+    "4 bits linear_backward 64 rows": _four_bits("linear_backward", M=64),
+    "4 bits linear_backward fp32": _four_bits("linear_backward", M=32, x=FP32),
     "cross_entropy accumulate": _cross_entropy("accumulate", BF16),
     "cross_entropy accumulate cap": _cross_entropy("accumulate", BF16, 30.0),
     "cross_entropy accumulate fp32": _cross_entropy("accumulate", FP32),

@@ -358,18 +358,21 @@ define(
     f"(Tensor(a!) out, {_STORAGE}, int columns, int row, int column) -> ()",
     reference=dequantize_reference,
     fake=_dequantize_fake,
+    kernels="nf4",
 )
 define(
     "linear_4bit",
     f"(Tensor x, {_STORAGE}, int rows, Tensor? bias, Tensor? s, Tensor? B) -> Tensor",
     reference=linear_reference,
     fake=_linear_fake,
+    kernels="nf4",
 )
 define(
     "linear_4bit_backward",
     f"(Tensor dy, {_STORAGE}, int columns, Tensor? ds, Tensor? A) -> Tensor",
     reference=linear_backward_reference,
     fake=_linear_backward_fake,
+    kernels="nf4",
 )
 define(
     "quantize_4bit",

@@ -39,6 +39,9 @@ CASES = (
     "rope D128",
     "rope D128 interleaved",
     "embedding r16",
+    "4 bits dequantize",
+    "4 bits linear 64 rows",
+    "4 bits linear_backward 64 rows",
     "dora mix r16",
     "dora backward r16",
     "dora backward r128",
@@ -86,7 +89,8 @@ def test_no_kernel_spills(rows, target):
     compiled = [row for row in rows if row["target"] == target]
     assert {row["kernel"] for row in compiled} >= {
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "wide", "wide_backward",
-        "gather", "embedding", "scatter", "glu_backward", "glu_shrink", "glu_shrink_backward", "rope",
+        "gather", "embedding", "scatter", "dequantize_4bit", "linear_4bit",
+        "linear_4bit_backward", "glu_backward", "glu_shrink", "glu_shrink_backward", "rope",
         "norm", "norm_backward", "parameters", "remake", "norm_shrink",
         "norm_shrink_backward", "norm_outer", "cross_entropy_accumulate", "cross_entropy_gradient",
     }  # fmt: skip

@@ -24,6 +24,8 @@ from test_cross_entropy_triton import test_equals_the_reference as cross_entropy
 from test_glu_triton import check as check_glu
 from test_lora_embedding_triton import test_equals_the_reference as embedding_equals_the_reference
 from test_lora_linear_triton import BF16, FP16, FP32, Case, check
+from test_nf4_triton import check_bits as four_bits_are_decoded
+from test_nf4_triton import check_products as four_bits_are_multiplied
 from test_norms_triton import FUNCTIONS, KINDS
 from test_norms_triton import check as check_norm
 from test_norms_triton import launch as launch_norm
@@ -80,6 +82,9 @@ CASES = {
     "rope": lambda: check_rope(RopeCase(1, 872, (1, 1), 128, 128, dtype=BF16)),
     "rope interleaved": lambda: check_rope(RopeCase(1, 872, (1, 1), 128, 128, True, dtype=BF16)),
     "rope few tokens": lambda: check_rope(RopeCase(2, 3, (3, 1), 26, 10, True, dtype=FP16, table=FP32, shared=False)),
+    "4 bits": lambda: four_bits_are_decoded(16, 256, 64, True, "nf4", BF16),
+    "4 bits odd": lambda: four_bits_are_decoded(5, 51, 32, True, "nf4", FP16),
+    "4 bits products": lambda: four_bits_are_multiplied(16, 64, 128),
     "embedding": lambda: embedding_equals_the_reference(150, 3, 48, 16, -1, BF16, BF16, torch.int64, CPU),
 }
 

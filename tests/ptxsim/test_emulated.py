@@ -38,7 +38,8 @@ def test_results_equal_the_reference(counts):
     kernels = {row["kernel"] for rows in counts.values() for row in rows}
     assert kernels == {
         "mask", "shrink", "expand", "expand_backward", "shrink_backward", "outer", "sum_parts", "wide", "wide_backward",
-        "gather", "embedding", "scatter",
+        "gather", "embedding", "scatter", "dequantize_4bit", "linear_4bit",
+        "linear_4bit_backward",
         "norm", "norm_backward", "parameters", "remake", "norm_shrink", "norm_shrink_backward", "norm_outer",
         "cross_entropy_accumulate", "cross_entropy_gradient",
         "glu", "glu_backward", "glu_shrink", "glu_shrink_backward", "rope",
