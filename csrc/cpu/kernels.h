@@ -295,6 +295,40 @@ struct CrossEntropyKernels {
   void (*gradient)(const CrossEntropyTile& tile, ParallelFor parallel);
 };
 
+// A weight of 4 bits, rows * columns elements in blocks of 2^shift.
+struct Packed {
+  const uint8_t* data;
+  const void* absmax;        // fp32, or uint8 where nested_code is given
+  const float* code;         // 16
+  const float* nested_code;  // 256, or null
+  const float* nested_absmax;
+  float offset;
+  int64_t nested_blocksize, shift, rows, columns;
+};
+
+struct Nf4Kernels {
+  // out = the weight from (row, column) on, as far as out reaches.
+  void (*dequantize)(const Packed& weight, int64_t row, int64_t column, const Matrix& out, ParallelFor parallel);
+  // bias (one row) and s may be without data.
+  void (*forward)(
+      const Matrix& x,
+      const Packed& weight,
+      const Matrix& bias,
+      const Matrix& s,
+      const Matrix& b,
+      const Matrix& y,
+      ParallelFor parallel
+  );
+  // ds may be without data.
+  void (*backward)(
+      const Matrix& dy, const Packed& weight, const Matrix& ds, const Matrix& a, const Matrix& dx, ParallelFor parallel
+  );
+  // weight: contiguous.
+  void (*quantize)(
+      const Matrix& weight, const float* code, int64_t blocksize, uint8_t* packed, float* absmax, ParallelFor parallel
+  );
+};
+
 struct Kernels {
   const char* name;
   LoraLinearKernels lora_linear;
@@ -307,6 +341,7 @@ struct Kernels {
   GluKernels glu;
   RopeKernels rope;
   CrossEntropyKernels cross_entropy;
+  Nf4Kernels nf4;
 };
 
 extern const Kernels kernels_scalar;

@@ -7,6 +7,7 @@
 #include "layer_norm.h"
 #include "lora_embedding.h"
 #include "lora_linear_small.h"
+#include "nf4.h"
 #include "rms_norm.h"
 #include "rope.h"
 
@@ -29,6 +30,7 @@ const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_ISA::glu_kernels,
     FASTPEFT_ISA::rope_kernels,
     FASTPEFT_ISA::cross_entropy_kernels,
+    FASTPEFT_ISA::nf4_kernels,
 };
 
 }  // namespace fastpeft

@@ -1,0 +1,231 @@
+// fastpeft/ops/nf4.py on the CPU.
+#include "bind.h"
+
+namespace {
+
+using namespace fastpeft::bind;
+using fastpeft::DType;
+using fastpeft::Matrix;
+using fastpeft::Packed;
+
+const Matrix nothing = {nullptr, 0, 0, 0, DType::f32};
+
+Matrix matrix_or_nothing(const std::optional<Tensor>& t, const char* name) {
+  return t.has_value() && t->numel() > 0 ? matrix(*t, name) : nothing;
+}
+
+bool have_kernels_if_given(std::initializer_list<const std::optional<Tensor>*> tensors) {
+  for (const std::optional<Tensor>* t : tensors) {
+    if (t->has_value() && !has_kernel(**t)) return false;
+  }
+  return true;
+}
+
+std::optional<Tensor> readable_if_given(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(readable(*t)) : t;
+}
+
+const float* floats(const Tensor& t, int64_t least, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous() && t.numel() >= least, name, " must have ",
+      least, " contiguous fp32 values on the CPU"
+  );
+  return static_cast<const float*>(t.data_ptr());
+}
+
+// Contiguous absmax in fp32, or in uint8 where scales are nested.
+Tensor scales_of(const Tensor& absmax, bool nested) {
+  if (nested || absmax.scalar_type() == ScalarType::Float) return torch::stable::contiguous(absmax);
+  return torch::stable::contiguous(torch::stable::to(absmax, ScalarType::Float));
+}
+
+Packed weight(
+    const Tensor& packed,
+    const Tensor& absmax,
+    const Tensor& code,
+    const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& offset,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    int64_t rows,
+    int64_t columns
+) {
+  STD_TORCH_CHECK(
+      blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
+      "blocksize must be a power of two from 32 to 4096, got ", blocksize
+  );
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0, "the weight must not have a negative size");
+  const int64_t n = rows * columns, blocks = (n + blocksize - 1) / blocksize;
+  STD_TORCH_CHECK(
+      packed.scalar_type() == ScalarType::Byte && packed.is_cpu() && packed.is_contiguous() &&
+          packed.numel() >= (n + 1) / 2,
+      "packed must have ", (n + 1) / 2, " contiguous bytes on the CPU for a weight (", rows, ", ", columns, ")"
+  );
+  STD_TORCH_CHECK(absmax.numel() >= blocks && absmax.is_cpu(), "absmax must have ", blocks, " values on the CPU");
+  int64_t shift = 0;
+  while (int64_t(1) << shift < blocksize) ++shift;
+  Packed w = {
+      static_cast<const uint8_t*>(packed.data_ptr()), absmax.data_ptr(), floats(code, 16, "code"), nullptr, nullptr, 0,
+      nested_blocksize, shift, rows, columns
+  };
+  if (nested_code.has_value()) {
+    STD_TORCH_CHECK(
+        nested_absmax.has_value() && offset.has_value() && nested_blocksize > 0,
+        "nested scales need nested_code, nested_absmax, offset and nested_blocksize"
+    );
+    STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Byte, "absmax must be uint8 where scales are nested");
+    w.nested_code = floats(*nested_code, 256, "nested_code");
+    w.nested_absmax = floats(*nested_absmax, (blocks + nested_blocksize - 1) / nested_blocksize, "nested_absmax");
+    w.offset = *floats(*offset, 1, "offset");
+  }
+  return w;
+}
+
+void dequantize_4bit_(
+    const Tensor& out,
+    const Tensor& packed,
+    const Tensor& absmax_in,
+    const Tensor& code,
+    const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& offset,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    int64_t columns,
+    int64_t row,
+    int64_t column
+) {
+  if (!has_kernel(out)) {
+    auto stack = boxed(
+        out, packed, absmax_in, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, columns, row,
+        column
+    );
+    call_reference("fastpeft_reference::dequantize_4bit_", stack);
+    return;
+  }
+  const Matrix om = matrix(out, "out");
+  STD_TORCH_CHECK(
+      row >= 0 && column >= 0 && column + om.columns <= columns, "columns ", column, " to ", column + om.columns,
+      " are not all among the weight's ", columns
+  );
+  const Tensor absmax = scales_of(absmax_in, nested_code.has_value());
+  const Packed w = weight(
+      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, row + om.rows, columns
+  );
+  fastpeft::kernels().nf4.dequantize(w, row, column, om, run_parallel);
+}
+
+Tensor linear_4bit(
+    const Tensor& x_in,
+    const Tensor& packed,
+    const Tensor& absmax_in,
+    const Tensor& code,
+    const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& offset,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    int64_t rows,
+    const std::optional<Tensor>& bias_in,
+    const std::optional<Tensor>& s_in,
+    const std::optional<Tensor>& b_in
+) {
+  if (!has_kernel(x_in) || !have_kernels_if_given({&bias_in, &s_in, &b_in})) {
+    auto stack = boxed(
+        x_in, packed, absmax_in, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows, bias_in,
+        s_in, b_in
+    );
+    call_reference("fastpeft_reference::linear_4bit", stack);
+    return taken(stack[0]);
+  }
+  const Tensor x = readable(x_in), absmax = scales_of(absmax_in, nested_code.has_value());
+  const std::optional<Tensor> s = readable_if_given(s_in), b = readable_if_given(b_in);
+  const Matrix xm = matrix(x, "x"), sm = matrix_or_nothing(s, "s"), bm = matrix_or_nothing(b, "B");
+  const Packed w = weight(
+      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows, xm.columns
+  );
+  STD_TORCH_CHECK(s.has_value() == b.has_value(), "s and B must both be given or both be None");
+  STD_TORCH_CHECK(
+      sm.data == nullptr || (sm.rows == xm.rows && bm.rows == rows && bm.columns == sm.columns),
+      "s must be (", xm.rows, ", r) and B (", rows, ", r)"
+  );
+  Matrix bias = nothing;
+  Tensor bias_row = x;
+  if (bias_in.has_value() && rows > 0) {
+    bias_row = torch::stable::contiguous(*bias_in);
+    STD_TORCH_CHECK(bias_row.dim() == 1 && bias_row.size(0) == rows, "bias must be (", rows, ")");
+    const ScalarType type = bias_row.scalar_type();
+    const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+    bias = {bias_row.data_ptr(), 1, rows, rows, dtype};
+  }
+  const Tensor y = like(x, xm.rows, rows);
+  fastpeft::kernels().nf4.forward(xm, w, bias, sm, bm, matrix(y, "y"), run_parallel);
+  return y;
+}
+
+Tensor linear_4bit_backward(
+    const Tensor& dy_in,
+    const Tensor& packed,
+    const Tensor& absmax_in,
+    const Tensor& code,
+    const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& offset,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    int64_t columns,
+    const std::optional<Tensor>& ds_in,
+    const std::optional<Tensor>& a_in
+) {
+  if (!has_kernel(dy_in) || !have_kernels_if_given({&ds_in, &a_in})) {
+    auto stack = boxed(
+        dy_in, packed, absmax_in, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, columns, ds_in,
+        a_in
+    );
+    call_reference("fastpeft_reference::linear_4bit_backward", stack);
+    return taken(stack[0]);
+  }
+  const Tensor dy = readable(dy_in), absmax = scales_of(absmax_in, nested_code.has_value());
+  const std::optional<Tensor> ds = readable_if_given(ds_in), a = readable_if_given(a_in);
+  const Matrix dym = matrix(dy, "dy"), dsm = matrix_or_nothing(ds, "ds"), am = matrix_or_nothing(a, "A");
+  const Packed w = weight(
+      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, dym.columns, columns
+  );
+  STD_TORCH_CHECK(ds.has_value() == a.has_value(), "ds and A must both be given or both be None");
+  STD_TORCH_CHECK(
+      dsm.data == nullptr || (dsm.rows == dym.rows && am.rows == dsm.columns && am.columns == columns), "ds must be (",
+      dym.rows, ", r) and A (r, ", columns, ")"
+  );
+  const Tensor dx = like(dy, dym.rows, columns);
+  fastpeft::kernels().nf4.backward(dym, w, dsm, am, matrix(dx, "dx"), run_parallel);
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_in, const Tensor& code_in, int64_t blocksize) {
+  if (!has_kernel(weight_in)) {
+    auto stack = boxed(weight_in, code_in, blocksize);
+    call_reference("fastpeft_reference::quantize_4bit", stack);
+    return {taken(stack[0]), taken(stack[1])};
+  }
+  STD_TORCH_CHECK(blocksize > 0 && blocksize % 2 == 0, "blocksize must be even and positive, got ", blocksize);
+  const Tensor w = torch::stable::contiguous(weight_in);
+  const Matrix wm = matrix(w, "weight");
+  const int64_t n = wm.rows * wm.columns;
+  const Tensor packed = torch::stable::new_empty(w, {(n + 1) / 2}, ScalarType::Byte);
+  const Tensor absmax = torch::stable::new_empty(w, {(n + blocksize - 1) / blocksize}, ScalarType::Float);
+  fastpeft::kernels().nf4.quantize(
+      wm, floats(code_in, 16, "code"), blocksize, static_cast<uint8_t*>(packed.data_ptr()),
+      static_cast<float*>(absmax.data_ptr()), run_parallel
+  );
+  return {packed, absmax};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+  m.impl("dequantize_4bit_", TORCH_BOX(&dequantize_4bit_));
+  m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
+}
