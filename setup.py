@@ -195,7 +195,7 @@ setup(
         *(f"fastpeft.kernels.{name}" for name in find_namespace_packages("kernels")),
     ],
     package_dir={"fastpeft": "fastpeft", "fastpeft.kernels": "kernels"},
-    package_data={"fastpeft": ["py.typed", "*.pyi"]},
+    package_data={"fastpeft": ["py.typed", "*.pyi"], "fastpeft.ops": ["*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "egg_info": LabelledVersion},
     options={

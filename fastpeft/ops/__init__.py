@@ -14,10 +14,13 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear
 from .lora_linear_group import lora_linear_group
+from .nf4 import dequantize_4bit, quantize_4bit
+from .nf4_linear import nf4_linear
 from .rms_norm import rms_norm
 from .rope import rope
 
 __all__ = [
+    "dequantize_4bit",
     "dora_linear",
     "dora_linear_group",
     "glu",
@@ -26,6 +29,8 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_linear_group",
+    "nf4_linear",
+    "quantize_4bit",
     "rms_norm",
     "rope",
 ]

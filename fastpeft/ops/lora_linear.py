@@ -25,6 +25,7 @@ from torch import Tensor
 from . import native, philox, steps
 from .backend import autocast_enabled, exact, route
 from .lora_linear_small import lora_linear_small
+from .nf4 import Weight4bit
 from .products import MAX_RANK
 
 # Elements of x up to which calls, not arithmetic, are the cost without dropout. A forward of (1, 64) takes 7 us by
@@ -35,7 +36,7 @@ NATIVE_ELEMENTS = 4096
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight4bit,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -44,12 +45,17 @@ def lora_linear(
 ) -> Tensor:
     """y (..., N) = x W^T + bias + scaling * dropout(x) A^T B^T, in the dtype of the base product.
 
-    x: (..., K). weight: (N, K), any strides; frozen, or differentiated natively. lora_A: (r, K), lora_B: (N, r), r from
-    1 to 512, of one floating dtype that may differ from x's. dropout_p: applied as given, so pass 0 in evaluation.
-    Under autocast everything is cast as F.linear casts.
+    x: (..., K). weight: (N, K), any strides; frozen, or differentiated natively; a Weight4bit goes to `nf4_linear`.
+    lora_A: (r, K), lora_B: (N, r), r from 1 to 512, of one floating dtype that may differ from x's. dropout_p: applied
+    as given, so pass 0 in evaluation. Under autocast everything is cast as F.linear casts.
 
     Raises ValueError on adapter shapes that do not fit, on r > 512 and on dropout_p outside [0, 1].
     """
+    if type(weight) is Weight4bit:
+        from .nf4_linear import nf4_linear  # it is built from what is here
+
+        return nf4_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    assert isinstance(weight, Tensor)
     if dropout_p == 0.0 and x.numel() <= NATIVE_ELEMENTS and x.dtype is lora_A.dtype:
         small = lora_linear_small(x, weight, bias, lora_A, lora_B, scaling)
         if small is not None:
@@ -178,7 +184,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1]) else t.contiguous()
 
 
-def check(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dropout_p: float, where: str = "lora_linear") -> None:
+def check(x: Tensor, weight: Any, A: Tensor, B: Tensor, dropout_p: float, where: str = "lora_linear") -> None:
     """ValueError unless the shapes fit each other, the rank is in range and dropout_p is a probability."""
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:

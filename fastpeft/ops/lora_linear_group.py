@@ -18,7 +18,9 @@ from torch import Tensor
 from . import native, philox, steps
 from .backend import autocast_enabled, exact
 from .bordered import BorderedWeight, lora_linear_bordered
-from .lora_linear import NATIVE_ELEMENTS, check, rows_of
+from .lora_linear import NATIVE_ELEMENTS, check, lora_linear, rows_of
+from .nf4 import Weight4bit, dequantize_4bit
+from .nf4_linear import nf4_linear
 from .projections import Projections, bias_grads, collect, members_of, planned, project, stack_rows
 
 FORMS = ("auto", "plain", "fused", "bordered")
@@ -26,7 +28,7 @@ FORMS = ("auto", "plain", "fused", "bordered")
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Any],
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor | None],
     lora_B: Sequence[Tensor | None],
@@ -40,8 +42,9 @@ def lora_linear_group(
     """The outputs of several projections of one input, each with its own adapter or (A and B None) with none.
 
     Lists have one entry a projection, shapes as in `lora_linear`; ranks may differ. Each projection with an adapter
-    draws its own dropout mask. stacked_weight: (sum N_g, K), whose row blocks are the weights in their order: then the
-    base is one product and the outputs are column blocks of one matrix. stacked_bias: the biases likewise, in one.
+    draws its own dropout mask. Weights may be of 4 bits (`nf4_linear`). stacked_weight: (sum N_g, K), whose row blocks
+    are the weights in their order: then the base is one product and the outputs are column blocks of one matrix.
+    stacked_bias: the biases likewise, in one.
     form: "plain" (the vendor's product, then the rim added in place), "fused" (base and rim in one kernel, where the
     backend has one), "bordered" (one vendor product for both; stacked_weight must be a BorderedWeight, every projection
     have an adapter, all of one rank and dtype), or "auto", which is plain (docs/bordered_weight.md has the numbers).
@@ -56,17 +59,22 @@ def lora_linear_group(
     elif form == "bordered":
         raise ValueError("form 'bordered' needs stacked_weight to be a BorderedWeight")
     _check(x, weights, biases, lora_A, lora_B, scaling, dropout_p, stacked_weight)
+    quantised = any(type(w) is Weight4bit for w in weights)
+    if quantised and torch.compiler.is_compiling():
+        return tuple(nf4_or_plain(x, *one, dropout_p) for one in zip(weights, biases, lora_A, lora_B, scaling))
+    parameters = [w.packed if isinstance(w, Weight4bit) else w for w in weights]
     trainable_base = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
     if (
         trainable_base
-        or native.transformed(x, *weights, *biases, *lora_A, *lora_B)
-        or (dropout_p == 0.0 and x.numel() <= NATIVE_ELEMENTS)
+        or native.transformed(x, *parameters, *biases, *lora_A, *lora_B)
+        or (dropout_p == 0.0 and x.numel() <= NATIVE_ELEMENTS and not quantised)
     ):
+        weights = [dequantize_4bit(w, x.dtype) if isinstance(w, Weight4bit) else w for w in weights]
         return native.linear(x, weights, biases, lora_A, lora_B, scaling, dropout_p)
 
     if form == "bordered" and bordered is not None:
         return _bordered(x, bordered, weights, biases, lora_A, lora_B, scaling, dropout_p)
-    device, cast = x.device, None
+    device, dtype, cast = x.device, x.dtype, None
     adapters: list[Any] = [a for a in lora_A if a is not None] + [b for b in lora_B if b is not None]
     if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
@@ -84,9 +92,12 @@ def lora_linear_group(
         cast=cast,
     )
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) and plan.members else None
-    base = [stacked_weight] if stacked else [*weights]
+    base: list[Any] = [stacked_weight] if stacked else parameters
     added = [stacked_bias] if plan.stacked_bias else [*biases]
-    return _LoraLinearGroup.apply(plan, x, seed, *base, *added, *adapters)
+    outputs = _LoraLinearGroup.apply(plan, x, seed, *base, *added, *adapters)
+    if cast is None or not quantised:
+        return outputs
+    return tuple(y.to(dtype) if w is not None else y for w, y in zip(plan.packed, outputs))  # as bitsandbytes gives it
 
 
 def _bordered(
@@ -107,6 +118,23 @@ def _bordered(
     splits = [w.shape[0] for w in weights]
     outputs = lora_linear_bordered(x, bordered, given_A, given_B, scaling, splits, dropout_p)
     return tuple(y if b is None else y + b for y, b in zip(outputs, biases))
+
+
+def nf4_or_plain(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """One projection, for torch.compile, which joins several by itself."""
+    if isinstance(weight, Weight4bit):
+        return nf4_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    if lora_A is None or lora_B is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
 
 
 class _LoraLinearGroup(torch.autograd.Function):
@@ -141,7 +169,9 @@ class _LoraLinearGroup(torch.autograd.Function):
         dx: Tensor | None
         _, need_bias, need_A, need_B = plan.parts(ctx.needs_input_grad[3:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            dtype = next(dy.dtype for dy in grads if dy is not None)
             each = [plan.weight(weights, i) for i in range(len(plan.splits))]
+            each = [dequantize_4bit(w, plan.cast or dtype) if isinstance(w, Weight4bit) else w for w in each]
             dx, dA, dB = native.linear_backward(
                 grads, x, seed, each, plan.members, lora_A, lora_B, plan.scaling, plan.p, ctx.x_shape
             )

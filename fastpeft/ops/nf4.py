@@ -71,6 +71,10 @@ class Weight4bit(NamedTuple):
         """False: it cannot be trained."""
         return False
 
+    def data_ptr(self) -> int:
+        """Where the packed elements lie."""
+        return self.packed.data_ptr()
+
     def to(self, dtype: torch.dtype) -> Weight4bit:
         """The same weight, its products made in `dtype` (as autocast asks)."""
         return self if self.compute_dtype is dtype else self._replace(compute_dtype=dtype)

@@ -16,6 +16,8 @@ from torch import Tensor
 from . import steps
 from .backend import OPS, route
 from .lora_linear import column_block, rows_of, shaped
+from .nf4 import Weight4bit
+from .nf4_linear import input_gradient, linear
 
 
 class Projections(NamedTuple):
@@ -30,6 +32,7 @@ class Projections(NamedTuple):
     fused: bool
     cast: torch.dtype | None  # autocast's dtype, to which the base is cast in the forward and again in the backward
     backend: str
+    packed: tuple[Weight4bit | None, ...] = ()  # the weights of 4 bits, by projection; empty without one
 
     def parts(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         """Weights, biases, A's and B's out of one flat list."""
@@ -43,9 +46,12 @@ class Projections(NamedTuple):
     def offset(self, projection: int) -> int:
         return sum(self.splits[:projection])
 
-    def weight(self, weights: list[Tensor], projection: int) -> Tensor:
+    def weight(self, weights: list[Tensor], projection: int) -> Any:
         """One projection's weight, in autocast's dtype where there is one."""
-        if self.stacked:
+        w: Any = self.packed[projection] if self.packed else None
+        if w is not None:
+            pass
+        elif self.stacked:
             w = weights[0].narrow(0, self.offset(projection), self.splits[projection])
         else:
             w = weights[projection]
@@ -66,6 +72,7 @@ def planned(
 ) -> Projections:
     """The plan of a call on these tensors, with the backend that is chosen now."""
     members = tuple(i for i, a in enumerate(lora_A) if a is not None)
+    packed = tuple(w if type(w) is Weight4bit else None for w in weights)
     return Projections(
         splits=tuple(w.shape[0] for w in weights),
         members=members,
@@ -76,6 +83,7 @@ def planned(
         fused=fused,
         cast=cast,
         backend=route(device),
+        packed=packed if any(w is not None for w in packed) else (),
     )
 
 
@@ -93,7 +101,7 @@ def project(
     They are tensors that autograd does not take for views, so that they may be changed in place.
     """
     if plan.cast is not None:
-        weights, biases = [w.to(plan.cast) for w in weights], [None if b is None else b.to(plan.cast) for b in biases]
+        biases = [None if b is None else b.to(plan.cast) for b in biases]
     r = 0
     rims: dict[int, tuple[Tensor, Tensor]] = {}
     if s is not None:
@@ -102,13 +110,19 @@ def project(
 
     if not plan.stacked:
         outputs = []
-        for i, (w, b) in enumerate(zip(weights, biases)):
-            y = F.linear(flat, w, b)
-            if i in rims:
-                steps.expand_(plan.backend, y, *rims[i], (plan.splits[i],))
+        for i, b in enumerate(biases):
+            w = plan.weight(weights, i)
+            if type(w) is Weight4bit:
+                y = linear(plan.backend, flat, w, b, *rims.get(i, (None, None)))
+            else:
+                y = F.linear(flat, w, b)
+                if i in rims:
+                    steps.expand_(plan.backend, y, *rims[i], (plan.splits[i],))
             outputs.append(y if len(lead) == 1 else shaped(y, lead))
         return tuple(outputs)
 
+    if plan.cast is not None:
+        weights = [weights[0].to(plan.cast)]
     bias = biases[0] if plan.stacked_bias else None
     everyone = len(rims) == len(plan.splits)
     if s is not None and plan.fused and everyone:
@@ -150,7 +164,10 @@ def collect(
         for i, dy in enumerate(dys):
             if dy is not None:
                 w = plan.weight(weights, i)
-                dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+                if type(w) is Weight4bit:
+                    dx = input_gradient(plan.backend, dy, w, dx)
+                else:
+                    dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
     dB: list[Tensor | None] = [None] * len(lora_B)
     if not any(dys[i] is not None for i in plan.members):
         return dx, None, dB

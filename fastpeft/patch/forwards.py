@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import dora_linear, lora_linear
+from ..ops.nf4 import DTYPES, Weight4bit
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
 
 if TYPE_CHECKING:
@@ -201,10 +202,12 @@ class ParentForward(Forward):
                 group.close()
 
 
-def fits(x: Any, weight: Tensor) -> bool:
+def fits(x: Any, weight: Any) -> bool:
     """x is an ordinary tensor in the dtype that the base layer takes (any, under autocast)."""
     if type(x) not in TENSORS or x.dim() == 0:
         return False
+    if isinstance(weight, Weight4bit):
+        return x.dtype in DTYPES
     return x.dtype is weight.dtype or (
         x.is_floating_point() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
     )

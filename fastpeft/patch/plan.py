@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.nf4 import Weight4bit
 from .forwards import read_plain
 from .observe import Observation, Product, SharedInput
 from .reading import Operands, Reading, Unsupported, is_conv1d, is_tuner_layer, lora_library, read_lora
@@ -297,11 +298,12 @@ def _kind(candidate: Candidate) -> tuple[Any, ...]:
     assert reading is not None
     weight, A = candidate.operands[0], reading.A.weight
     p = getattr(reading.dropout, "p", 0.0)
-    return (p, A.dtype, weight.dtype, weight.device, weight.shape[1])
+    return (p, A.dtype, weight.dtype, weight.device, weight.shape[1], type(weight) is Weight4bit)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype, a.device, a.shape[1]) == (b.dtype, b.device, b.shape[1])
+    packed = isinstance(a, Weight4bit), isinstance(b, Weight4bit)
+    return packed[0] == packed[1] and (a.dtype, a.device, a.shape[1]) == (b.dtype, b.device, b.shape[1])
 
 
 def _tied(model: nn.Module) -> set[int]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..layers.bnb import is_plain_4bit, read_4bit
+from ..ops.nf4 import Weight4bit, dequantize_4bit
 from ..ops.products import MAX_RANK
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,14 +30,22 @@ class Unsupported(Exception):
 
 
 # Weight (N, K), bias, A, B, scaling and dropout probability of one projection at one call; A and B are None without an
-# adapter.
-Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float, float]
+# adapter. The weight of a 4-bit layer is a Weight4bit.
+Operands: TypeAlias = tuple[Any, Tensor | None, Tensor | None, Tensor | None, float, float]
+
+
+_LINEAR_LAYERS = (
+    ("fastpeft", "fastpeft.layers.linear", "Linear"),
+    ("peft", "peft.tuners.lora.layer", "Linear"),
+    ("fastpeft", "fastpeft.layers.bnb", "Linear4bit"),
+    ("peft", "peft.tuners.lora.bnb", "Linear4bit"),
+)
 
 
 def lora_library(module: nn.Module, own_forward: bool = True) -> str | None:
     """ "fastpeft" or "peft" if `module` is that library's LoRA linear layer (with its own forward), else None."""
-    for library, name in (("fastpeft", "fastpeft.layers.linear"), ("peft", "peft.tuners.lora.layer")):
-        cls = getattr(sys.modules.get(name), "Linear", None)
+    for library, name, kind in _LINEAR_LAYERS:
+        cls = getattr(sys.modules.get(name), kind, None)
         if cls is None or not isinstance(module, cls):
             continue
         if library == "fastpeft" or type(module) is cls:
@@ -66,7 +76,9 @@ class Reading:
         self.magnitude_module: Any = self._magnitude_of.get(name)
         self.scaling: dict[str | None, float] = module.scaling
         self.transposed = not isinstance(self.base, nn.Linear)  # a Conv1D keeps (K, N)
-        self.known = type(self.base) is nn.Linear or self.transposed  # else only a trial can tell what it computes
+        self.packed = is_plain_4bit(self.base)
+        # Else only a trial can tell what it computes.
+        self.known = type(self.base) is nn.Linear or self.transposed or self.packed
         self._hooks = tuple(hooks_of((self.base, self.A, self.B, self.dropout)))
 
     def holds(self) -> bool:
@@ -113,7 +125,9 @@ class Reading:
         try:
             parameters = self.base._parameters
             weight, bias = parameters["weight"], parameters["bias"]
-            if self.transposed:
+            if self.packed:
+                weight = read_4bit(self.base)
+            elif self.transposed:
                 weight = weight.t()
             if dropout is None:
                 return (weight, bias, None, None, 0.0, 0.0)
@@ -179,6 +193,8 @@ def _check_adapter(reading: Reading) -> None:
         raise Unsupported("lora_dropout is 1: the adapter never sees its input")
     if reading.B._parameters.get("bias") is not None:
         raise Unsupported("lora_bias: the adapter has a bias of its own")
+    if reading.dora and reading.packed:
+        raise Unsupported("DoRA over a quantised weight: its norms need the weight decoded")
     if reading.dora:
         check_tensor(reading.magnitude, "lora_magnitude_vector.weight")
     A, B = reading.A._parameters["weight"], reading.B._parameters["weight"]
@@ -191,10 +207,16 @@ def _check_adapter(reading: Reading) -> None:
 
 
 def check_base(base: Any) -> Any:
-    """The base layer, if it is a dense nn.Linear or Conv1D held whole on one device. Raises Unsupported otherwise.
+    """The base layer, if it is a dense nn.Linear or Conv1D, or a Linear4bit, held whole on one device.
+
+    Raises Unsupported otherwise.
 
     A subclass of nn.Linear that holds nothing but weight and bias is let through: verification shows what it computes.
     """
+    if is_plain_4bit(base):
+        if "_hf_hook" in base.__dict__:
+            raise Unsupported(f"accelerate moves the base layer between devices ({type(base._hf_hook).__name__})")
+        return base
     if type(base) is not nn.Linear and not is_conv1d(base) and not _is_linear_in_other_words(base):
         raise Unsupported(_why_not_linear(base))
     _own_forward(base, "the base layer")
@@ -202,6 +224,23 @@ def check_base(base: Any) -> Any:
     if base._parameters.get("bias") is not None:
         check_tensor(base._parameters["bias"], "the base bias")
     return base
+
+
+def as_dense(weight: Tensor | Weight4bit, dtype: torch.dtype) -> Tensor:
+    """The base weight (N, K) as an ordinary matrix; a 4-bit one decoded into `dtype`."""
+    return dequantize_4bit(weight, dtype) if isinstance(weight, Weight4bit) else weight
+
+
+def dense_weight(reading: Reading) -> Tensor:
+    """The base weight of a layer, a 4-bit one decoded into fp32."""
+    return dequantize_4bit(read_4bit(reading.base), torch.float32) if reading.packed else reading.base.weight
+
+
+def input_dtype(weight: Tensor | Weight4bit, A: Tensor | None) -> torch.dtype:
+    """The dtype of the inputs that a base layer gets: its own, or the adapter's over 4 bits, which take any."""
+    if not isinstance(weight, Weight4bit):
+        return weight.dtype
+    return weight.compute_dtype or weight.dtype if A is None else A.dtype
 
 
 def check_tensor(tensor: Any, label: str) -> None:

@@ -22,7 +22,7 @@ from ..ops.weight_norm import weight_norm
 from .forwards import LoraForward, PlainForward
 from .group import Group
 from .producers import ActivationForward, ProducerForward
-from .reading import Operands
+from .reading import Operands, as_dense, dense_weight, input_dtype
 from .tolerance import FACTOR, FORMULA, distance
 
 ROWS = 33  # odd, and more than a tile
@@ -136,7 +136,7 @@ def _compare(
 ) -> str | None:
     weight = operands[0][0]
     generator = torch.Generator(weight.device).manual_seed(0)
-    dtype, device, width = weight.dtype, weight.device, weight.shape[1]
+    dtype, device, width = input_dtype(weight, operands[0][2]), weight.device, weight.shape[1]
     rows = max(ROWS, NATIVE_ELEMENTS // width + 1)  # enough for the operators proper
     x = torch.randn(1, rows, width, generator=generator, dtype=dtype, device=device)
     dys = [torch.randn(1, rows, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
@@ -185,7 +185,7 @@ def _exact(
     d_adapters: list[tuple[Any, Tensor]] = []
     outs, dx = [], torch.zeros_like(x64[..., inputs])
     for (weight, bias, lora_A, lora_B, scaling, _), m, dy in zip(operands, magnitudes, dys):
-        W, dy64, outputs = weight.detach(), dy.double(), _sample(weight.shape[0], x)
+        W, dy64, outputs = as_dense(weight, torch.float32).detach(), dy.double(), _sample(weight.shape[0], x)
         y, gain, norm = x64 @ W[outputs].double().T, None, None
         if m is not None and lora_A is not None and lora_B is not None:
             norm = weight_norm(W, lora_A, lora_B, scaling).double()
@@ -244,7 +244,8 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
         return
     K, r = reading.A.in_features, reading.A.out_features
     _replace(reading.A, K**-0.5, undo)
-    _replace(reading.B, _size_of_B(reading.base.weight, reading.scaling[reading.name], K, r), undo)
+    weight = dense_weight(reading)
+    _replace(reading.B, _size_of_B(weight, reading.scaling[reading.name], K, r), undo)
     if reading.dora:
         _move_magnitude(reading.magnitude_module, undo)
     dropout = reading.dropout

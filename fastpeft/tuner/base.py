@@ -18,6 +18,7 @@ from . import functional
 from .constants import DUMMY_MODEL_CONFIG
 from .inject import inject_adapter
 from .offload import onload
+from .quantised import dequantise_rest
 from .replicate import replicate_layers
 from .targets import check_target_module_exists
 from .tied import untie_config_after_merge, warn_before_merge
@@ -276,7 +277,11 @@ class BaseTuner(nn.Module, Bridged):
                 layer.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
         """Merge the adapters into the weights and take the tuner layers out: the plain model, to be assigned and used.
 
@@ -284,8 +289,14 @@ class BaseTuner(nn.Module, Bridged):
             progressbar: show one.
             safe_merge: check each merged weight for NaN before it replaces the old one.
             adapter_names: which adapters; None: the active ones.
+            dequantize: decode weights of 4 or 8 bits, add the adapters and keep the sum in the dtype the weight was
+                quantised from; all 4-bit layers become plain ones. False: the sum is quantised again, as PEFT does,
+                and a warning says by how much that moved it.
         """
-        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        model = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, dequantize)
+        if dequantize:
+            dequantise_rest(model)
+        return model
 
     def unload(self) -> nn.Module:
         """Take the tuner layers out without merging: the model as it was before it was adapted."""
@@ -297,6 +308,7 @@ class BaseTuner(nn.Module, Bridged):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
@@ -320,6 +332,8 @@ class BaseTuner(nn.Module, Bridged):
                     plain = layer.unload_and_optionally_merge_module(
                         merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
                     )
+                elif dequantize and hasattr(layer, "merged_linear"):
+                    plain = layer.merged_linear(adapter_names or layer.active_adapters, safe_merge)
                 else:
                     if merge:
                         layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

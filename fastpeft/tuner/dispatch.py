@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layers import attention, conv, embedding, experts, linear
+from ..layers import attention, bnb, conv, embedding, experts, linear
 from ..layers.base import BaseTunerLayer
 from .walk import conv1d_class
 
@@ -51,6 +51,10 @@ def create_lora_layer(
     for base_cls, layer_cls in _BY_TYPE:
         if isinstance(base, base_cls):
             return layer_cls(target, adapter_name, config=config, **kwargs)
+    quantised = bnb.kind_of(base)
+    if quantised is not None:
+        layer = bnb.Linear4bit if quantised == "4bit" else bnb.Linear8bitLt
+        return layer(target, adapter_name, config=config, **kwargs)
     conv1d = conv1d_class()
     is_conv1d = conv1d is not None and isinstance(base, conv1d)
     if is_conv1d or (isinstance(base, nn.Linear) and not _is_quantised(base)):

@@ -1,0 +1,85 @@
+"""The table of decisions: which path an operator takes, as data that was measured and can be measured again.
+
+`decisions.json` in this package is the default. `fastpeft bench --calibrate` measures on this machine and writes a file
+of the same form to the user's cache (`FASTPEFT_CACHE`, else `$XDG_CACHE_HOME/fastpeft`, else `~/.cache/fastpeft`),
+which then takes its place.
+
+    linear_4bit.<device type>.<dtype>   forward, backward: up to so many rows of the input the 4-bit weight is decoded
+                                        where it is used; above, by panels for the vendor's product
+                                        panel_bytes: of the scratch that a panel is decoded into, at most 4 MiB
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MAX_PANEL_BYTES = 4 << 20
+
+
+class Rows(NamedTuple):
+    """One entry of `linear_4bit`."""
+
+    forward: int
+    backward: int
+    panel_bytes: int
+
+
+def path_of_user() -> Path:
+    """Where `fastpeft bench --calibrate` writes."""
+    cache = os.environ.get("FASTPEFT_CACHE")
+    if cache is None:
+        root = os.environ.get("XDG_CACHE_HOME")
+        cache = str((Path(root) if root else Path.home() / ".cache") / "fastpeft")
+    return Path(cache) / "decisions.json"
+
+
+@functools.cache
+def load() -> tuple[dict[str, Any], str]:
+    """The table in force and the file it is from. Raises ValueError, with the file's name, if that cannot be read."""
+    path = path_of_user()
+    if not path.is_file():
+        path = Path(__file__).with_name("decisions.json")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for of_device in table["linear_4bit"].values():
+            for entry in of_device.values():
+                _checked(entry)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the table of decisions {path} cannot be used ({type(error).__name__}: {error}); delete it, or write it "
+            "anew with `fastpeft bench --calibrate`"
+        ) from error
+    return table, str(path)
+
+
+def save(table: dict[str, Any]) -> Path:
+    """Write a table to the user's cache and use it from now on. Returns the file."""
+    for of_device in table["linear_4bit"].values():
+        for entry in of_device.values():
+            _checked(entry)
+    path = path_of_user()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    load.cache_clear()
+    linear_4bit.cache_clear()
+    return path
+
+
+@functools.cache
+def linear_4bit(device_type: str, dtype: torch.dtype) -> Rows:
+    """The entry for a device type and dtype; one that the table does not have decodes by panels only."""
+    entry = load()[0]["linear_4bit"].get(device_type, {}).get(str(dtype).removeprefix("torch."))
+    return Rows(0, 0, MAX_PANEL_BYTES) if entry is None else _checked(entry)
+
+
+def _checked(entry: dict[str, Any]) -> Rows:
+    rows = Rows(*(int(entry[name]) for name in Rows._fields))
+    if rows.forward < 0 or rows.backward < 0 or not 0 < rows.panel_bytes <= MAX_PANEL_BYTES:
+        raise ValueError(f"{entry} is out of range: rows from 0, panel_bytes from 1 to {MAX_PANEL_BYTES}")
+    return rows
