@@ -28,8 +28,8 @@ format: $(VENV)/.ready  ## let ruff rewrite the sources
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-demo: $(VENV)/.ready  ## fine-tune SmolLM2-135M on small talk, show the curve, samples and the comparison with PEFT
-	$(PY) tools/demo.py --out $(DEMO_OUT)
+demo: $(VENV)/.ready  ## fine-tune SmolLM2-135M on small talk, show the curve, samples and the comparison with PEFT (ARGS="--method qlora": in 4 bits)
+	$(PY) tools/demo.py --out $(DEMO_OUT) $(ARGS)
 
 bench: $(VENV)/.ready  ## operator benchmarks (pytest-benchmark)
 	$(PY) -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -47,6 +47,7 @@ def _arguments() -> argparse.Namespace:
         "--steps", type=int, help="optimizer steps (default: one pass over the dialogues; two on a GPU)"
     )
     parser.add_argument("--bench-steps", type=int, help="timed steps of each contender (default: 8; 30 on a GPU)")
+    parser.add_argument("--method", choices=["lora", "qlora"], default="lora", help="qlora: the model in 4 bits")
     parser.add_argument("--layers", type=int, help="layers of the model in the comparison (default: all)")
     return parser.parse_args()
 
@@ -71,7 +72,7 @@ def main() -> None:
     _fastpeft(
         *("finetune", "--model", str(model), "--data", str(data), "--out", str(adapter), "--overwrite"),
         *("--r", "16", "--dropout", "0.05", "--lr", "1e-3", "--batch", "8", "--max-length", "128"),
-        *("--eval-split", "40", "--eval-steps", "25", *length),
+        *("--eval-split", "40", "--eval-steps", "25", "--method", options.method, *length),
         *(part for prompt in PROMPTS for part in ("--prompt", prompt)),
     )
 
@@ -82,7 +83,7 @@ def main() -> None:
     bench = options.out / "bench"
     _fastpeft(
         *("bench", "--model", str(model), "--baseline", "peft", "--dropout", "0.05", *shape, *layers),
-        *("--steps", str(steps), "--warmup", "2", "--out", str(bench)),
+        *("--steps", str(steps), "--warmup", "2", "--out", str(bench), "--method", options.method),
     )
 
     metrics = json.loads((adapter / "metrics.json").read_text("utf-8"))["summary"]

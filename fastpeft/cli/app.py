@@ -64,6 +64,14 @@ class Method(str, enum.Enum):
 
     lora = "lora"
     dora = "dora"
+    qlora = "qlora"
+
+
+class TrainMethod(str, enum.Enum):
+    """What `finetune` trains."""
+
+    lora = "lora"
+    qlora = "qlora"
 
 
 @contextmanager
@@ -133,6 +141,9 @@ def finetune(
     chat_template: Annotated[
         Path | None, Option(help="Jinja file in place of the tokenizer's chat template.", rich_help_panel=_DATA)
     ] = None,
+    method: Annotated[
+        TrainMethod, Option(help="lora, or qlora: the frozen weights in 4 bits.", rich_help_panel=_ADAPTER)
+    ] = TrainMethod.lora,
     r: Annotated[int, Option("--r", min=1, help="Rank.", rich_help_panel=_ADAPTER)] = 16,
     alpha: Annotated[int | None, Option(help="Scale is alpha / r. [default: 2 r]", rich_help_panel=_ADAPTER)] = None,
     dropout: Annotated[
@@ -253,7 +264,7 @@ def bench(
     products: Annotated[
         bool, Option("--products", help="Also time the base model's matrix products alone: the floor.")
     ] = False,
-    method: Annotated[Method, Option(help="The adapter.")] = Method.lora,
+    method: Annotated[Method, Option(help="The adapter; qlora: LoRA on weights of 4 bits.")] = Method.lora,
     out: Annotated[Path, Option(help="Folder for bench.json and bench.png.")] = Path("fastpeft-bench"),
     layers: Annotated[int | None, Option(min=1, help="Only the first layers.")] = None,
     batch: Annotated[int, Option(min=1, help="Rows a step.")] = 2,

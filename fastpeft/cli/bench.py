@@ -162,7 +162,7 @@ def _ratio(ours: float, theirs: float) -> float | None:
     return ours / theirs if theirs else None
 
 
-_METHODS = {"lora": "LoRA", "dora": "DoRA"}
+_METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
 
 
 def _show(report: dict[str, Any]) -> None:

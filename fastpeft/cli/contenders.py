@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 
 import fastpeft
 from fastpeft.cli.errors import CommandError
-from fastpeft.cli.models import load_model, pick_device, pick_dtype, shape_config, target_modules
+from fastpeft.cli.models import four_bits, load_model, pick_device, pick_dtype, shape_config, target_modules
 from fastpeft.measure import PeakMemory, SavedActivations
 
 BASELINES = ("peft", "compile", "eager")
@@ -104,14 +105,31 @@ class Runner:
         options = self.options
         config, weights = shape_config(options.model, options.config, options.layers)
         torch.manual_seed(options.seed)
-        if weights:
+        if options.method == "qlora":
+            model = self._quantised(config, weights)
+        elif weights:
             model = load_model(str(options.model), self.dtype, config=config)
         else:
             # Drawn in float32 whatever the dtype: the same weights for every one.
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(self.dtype)
+        if options.method == "qlora":
+            library = real_peft() if self.name == "peft" else fastpeft
+            return library.prepare_model_for_kbit_training(
+                model.to(self.device), options.gradient_checkpointing, {"use_reentrant": False}
+            )
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.to(self.device)
+
+    def _quantised(self, config: Any, weights: bool) -> Any:
+        """The model in 4 bits, as `from_pretrained` makes it: random weights go through a folder."""
+        from transformers import AutoModelForCausalLM
+
+        if weights:
+            return load_model(str(self.options.model), self.dtype, config, four_bits(self.dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+            return load_model(folder, self.dtype, quantization=four_bits(self.dtype))
 
     def _adapted(self, model: Any) -> Any:
         options = self.options
@@ -139,7 +157,9 @@ class Runner:
             yield
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        # A 4-bit model has a dtype for its products; all else is in fp32, as its preparation leaves it.
+        mixed = self.dtype != torch.float32 and self.options.method != "qlora"
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     def loss(self, index: int) -> torch.Tensor:
         """Forward of step `index`: the loss on its batch of random tokens."""

@@ -25,6 +25,7 @@ from fastpeft.cli.errors import CommandError
 from fastpeft.cli.files import write_json
 from fastpeft.cli.models import (
     ensure_peft_names,
+    four_bits,
     load_model,
     load_tokenizer,
     pick_device,
@@ -165,6 +166,10 @@ def _adapted(options: FinetuneOptions, model: Any) -> Any:
     from transformers import set_seed
 
     alpha = 2 * options.r if options.alpha is None else options.alpha
+    if options.method == "qlora":
+        model = fastpeft.prepare_model_for_kbit_training(
+            model, options.gradient_checkpointing, {"use_reentrant": False}
+        )
     set_seed(options.seed)
     config = fastpeft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -228,7 +233,8 @@ def finetune(options: FinetuneOptions) -> int:
         rows = _load_rows(options, tokenizer, _length_limit(options, model_config))
     _check_run(options, rows)
     with console.status(f"loading {options.model}"):
-        model = load_model(options.model, dtype).to(device)
+        quantization = four_bits(dtype) if options.method == "qlora" else None
+        model = load_model(options.model, dtype, quantization=quantization).to(device)
     arguments, per_epoch = _training_arguments(options, rows, device, dtype)
 
     before = _earlier_samples(options, rows.prompts) if checkpoint else None

@@ -81,20 +81,42 @@ def load_tokenizer(name: str) -> Any:
         raise _explain(name, error) from None
 
 
-def load_model(name: str, dtype: torch.dtype | str, config: Any = None) -> Any:
+def four_bits(compute: torch.dtype) -> Any:
+    """QLoRA's quantisation for `from_pretrained`: NF4 with nested scales, products in `compute`.
+
+    Raises:
+        CommandError: bitsandbytes is not installed.
+    """
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CommandError("--method qlora needs bitsandbytes: pip install 'fastpeft[bitsandbytes]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def load_model(name: str, dtype: torch.dtype | str, config: Any = None, quantization: Any = None) -> Any:
     """A causal language model with its weights, on the CPU.
 
     Args:
         dtype: of the weights, or "auto" for that of the files.
         config: in place of the model's own.
+        quantization: as `four_bits` gives it.
 
     Raises:
         CommandError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    more = {} if quantization is None else {"quantization_config": quantization}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **more)
     except (OSError, ValueError, ImportError) as error:
         raise _explain(name, error) from None
 

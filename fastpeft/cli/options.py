@@ -31,6 +31,7 @@ class FinetuneOptions:
     loss_on: str = "completions"
     max_length: int | None = None
     chat_template: Path | None = None
+    method: str = "lora"
     r: int = 16
     alpha: int | None = None
     dropout: float = 0.0

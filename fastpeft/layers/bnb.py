@@ -103,6 +103,10 @@ class _Quantised(LoraLayer, nn.Module):
         """The base weight (N, K), decoded, in the dtype it was quantised from."""
         raise NotImplementedError
 
+    def base_weight(self) -> Tensor:
+        """The decoded weight: DoRA needs its rows' norms, and decodes it for each."""
+        return self.dequantized_weight()
+
     def _set_weight(self, weight: Tensor) -> None:
         """Quantise `weight` (N, K) in place of the base layer's."""
         raise NotImplementedError

@@ -85,7 +85,7 @@ class DoraLinear(LoraVariant):
 
     def init(self, layer: LoraLayer, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         """Make m: the norms of the rows as they are now."""
-        weight, factor = layer.get_base_layer().weight, self._factors(layer, adapter_name)[0]
+        weight, factor = layer.base_weight(), self._factors(layer, adapter_name)[0]
         if weight.is_meta or factor.is_meta:
             norm = torch.empty(self._rows(layer, weight).shape[0], device="meta")
         else:
@@ -145,7 +145,7 @@ class DoraLinear(LoraVariant):
         magnitude: Any = layer.lora_magnitude_vector[adapter_name].weight
         norm = self.known_norm(layer, adapter_name)
         if norm is None:
-            norm = self._norm(layer, adapter_name, layer.get_base_layer().weight)
+            norm = self._norm(layer, adapter_name, layer.base_weight())
         norm = self._rounded(layer, adapter_name, norm)
         return (magnitude.flatten().to(norm.dtype) - norm) / norm
 
@@ -195,7 +195,7 @@ class DoraLinear(LoraVariant):
 
     def _base_product(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """x Wᵀ, without bias."""
-        return F.linear(x, self._rows(layer, layer.get_base_layer().weight).to(x.dtype))
+        return F.linear(x, self._rows(layer, layer.base_weight()).to(x.dtype))
 
 
 class DoraEmbedding(DoraLinear):

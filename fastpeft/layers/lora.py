@@ -95,6 +95,10 @@ class LoraLayer(BaseTunerLayer):
 
     # What a kind supplies
 
+    def base_weight(self) -> Tensor:
+        """The base weight; a layer over a quantised one decodes it."""
+        return self.get_base_layer().weight
+
     def _make_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         """Make A and B as PEFT makes them, random."""
         raise NotImplementedError

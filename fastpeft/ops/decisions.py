@@ -30,6 +30,10 @@ class Rows(NamedTuple):
     panel_bytes: int
 
 
+_OTHERS = Rows(0, 0, MAX_PANEL_BYTES)
+_rows: dict[tuple[str, torch.dtype], Rows] = {}
+
+
 def path_of_user() -> Path:
     """Where `fastpeft bench --calibrate` writes."""
     cache = os.environ.get("FASTPEFT_CACHE")
@@ -66,16 +70,29 @@ def save(table: dict[str, Any]) -> Path:
     path = path_of_user()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    load.cache_clear()
-    linear_4bit.cache_clear()
+    forget()
     return path
 
 
-@functools.cache
+def forget() -> None:
+    """Read the table anew at the next question."""
+    load.cache_clear()
+    _rows.clear()
+
+
 def linear_4bit(device_type: str, dtype: torch.dtype) -> Rows:
     """The entry for a device type and dtype; one that the table does not have decodes by panels only."""
-    entry = load()[0]["linear_4bit"].get(device_type, {}).get(str(dtype).removeprefix("torch."))
-    return Rows(0, 0, MAX_PANEL_BYTES) if entry is None else _checked(entry)
+    if not _rows:
+        ready()
+    return _rows.get((device_type, dtype), _OTHERS)
+
+
+def ready() -> None:
+    """Read the table, so that torch.compile finds a dictionary and not a file."""
+    if not _rows:
+        for device_type, of_device in load()[0]["linear_4bit"].items():
+            for name, entry in of_device.items():
+                _rows[device_type, getattr(torch, name)] = _checked(entry)
 
 
 def _checked(entry: dict[str, Any]) -> Rows:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import decisions
 from .backend import OPS, define, route
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -104,6 +105,7 @@ def weight_4bit(weight: Any, quant_state: Any = None, compute_dtype: torch.dtype
         raise ValueError(f"a 4-bit weight must be a matrix, got {tuple(state.shape)}")
     if state.blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {state.blocksize}")
+    decisions.ready()
     packed = weight.as_subclass(Tensor) if type(weight) is not Tensor else weight
     packed = packed.detach().reshape(-1).view(torch.uint8)
     nested, (rows, columns) = state.state2, state.shape
@@ -150,6 +152,7 @@ def quantize_4bit(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         raise ValueError(f"a weight (N, K) in fp32, bf16 or fp16 is needed, got {weight.dtype} {tuple(weight.shape)}")
+    decisions.ready()
     device = weight.device
     code = torch.tensor(NF4 if quant_type == "nf4" else FP4, device=device)
     packed, absmax = OPS[route(device)].quantize_4bit(weight, code, blocksize)

@@ -60,6 +60,11 @@ def nf4_linear(
         x, weight = x.to(cast), weight.to(cast)
         lora_A, lora_B = (None if t is None else t.to(cast) for t in (lora_A, lora_B))
     seed = philox.draw_seed(device) if lora_A is not None and philox.threshold(dropout_p) else None
+    if not torch.is_grad_enabled() and x.dim() > 1 and not torch.compiler.is_compiling():
+        # Decoding: an autograd.Function costs as much as a product of (1, 576) and (576, 576).
+        with exact(device):
+            y = _forward(route(device), x, seed, weight, bias, lora_A, lora_B, (float(scaling),), float(dropout_p))[0]
+        return y.view(*x.shape[:-1], weight.rows).to(dtype)
     call = _Call(weight, float(scaling), float(dropout_p), route(device))
     tensors = weight.storage()[:6]
     return _Nf4Linear.apply(call, x, seed, bias, lora_A, lora_B, *tensors).to(dtype)
@@ -88,12 +93,9 @@ class _Nf4Linear(torch.autograd.Function):
         B: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        weight, backend = call.weight(tensors), call.backend
+        weight = call.weight(tensors)
         with exact(x.device):
-            flat, s = rows_of(x), None
-            if A is not None and B is not None:
-                s = steps.shrink(backend, flat, A, call.scaling, call.p, seed)
-            y = linear(backend, flat, weight, bias, s, B)
+            y, s = _forward(call.backend, x, seed, weight, bias, A, B, call.scaling, call.p)
         # x is kept for dA and s for dB: a frozen adapter needs neither.
         trainable = A is not None and B is not None and (A.requires_grad or B.requires_grad)
         ctx.save_for_backward(x if trainable else None, s if trainable else None, seed, A, B, *tensors)
@@ -124,6 +126,23 @@ class _Nf4Linear(torch.autograd.Function):
                 dx = None if dx is None else dx.view(ctx.shape)
         storage = (None,) * len(tensors)
         return None, dx if need_dx else None, None, d_bias, dA if need_A else None, dB if need_B else None, *storage
+
+
+def _forward(
+    backend: str,
+    x: Tensor,
+    seed: Tensor | None,
+    weight: Weight4bit,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: tuple[float],
+    p: float,
+) -> tuple[Tensor, Tensor | None]:
+    flat, s = rows_of(x), None
+    if A is not None and B is not None:
+        s = steps.shrink(backend, flat, A, scaling, p, seed)
+    return linear(backend, flat, weight, bias, s, B), s
 
 
 def _adapter_backward(
