@@ -36,8 +36,6 @@ FASTPEFT_INLINE Words nibble(Words v) {
   return _mm512_srli_epi32(v, 4 * S);
 }
 
-FASTPEFT_INLINE float total(Vec v) { return _mm512_reduce_add_ps(v); }
-
 // from[q[lane]]
 FASTPEFT_INLINE Vec gather(const float* from, const uint8_t* q) {
   return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))), from, 4);
@@ -85,12 +83,6 @@ FASTPEFT_INLINE Words words(const uint8_t* p, int n) {
 template <int S>
 FASTPEFT_INLINE Words nibble(Words v) {
   return _mm256_srli_epi32(v, 4 * S);
-}
-
-FASTPEFT_INLINE float total(Vec v) {
-  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 FASTPEFT_INLINE Vec gather(const float* from, const uint8_t* q) {
@@ -148,8 +140,6 @@ FASTPEFT_INLINE Words nibble(Words v) {
   for (int i = 0; i < W; ++i) v.at[i] >>= 4 * S;
   return v;
 }
-
-FASTPEFT_INLINE float total(Vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 FASTPEFT_INLINE Vec gather(const float* from, const uint8_t* q) {
   Vec v;
