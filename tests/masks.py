@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,13 @@ def _masked(dropout: Any, member: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         if not dropout.training or isinstance(dropout, nn.Identity):
             return x
-        mask = philox.keep_mask(torch.tensor([SEED]), member, x.shape[:-1].numel(), x.shape[-1], dropout.p)
+        mask = _mask(SEED, member, x.shape[:-1].numel(), x.shape[-1], dropout.p)
         return x * (mask.view(x.shape) * philox.keep_scale(dropout.p)).to(x.dtype)
 
     return forward
+
+
+@functools.lru_cache(maxsize=16)
+def _mask(seed: int, member: int, rows: int, columns: int, p: float) -> Tensor:
+    """One mask serves all layers of a shape: in PyTorch's operators it takes longer than the layer."""
+    return philox.keep_mask(torch.tensor([seed]), member, rows, columns, p)

@@ -16,7 +16,7 @@ import fastpeft
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import demo_assets
 
-STEPS, ROWS, LENGTH = 200, 2, 32
+STEPS, ROWS, LENGTH = 200, 1, 32
 MEMBERS = {"k_proj": 1, "v_proj": 2, "up_proj": 1}  # of q, k, v and of gate, up; o and down are alone
 
 
