@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import subprocess
-import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def _title(text: str) -> None:
 def _fastpeft(*arguments: str) -> None:
     """Run the command line in a process of its own, as a user would, and show what was typed."""
     console.print(f"[faint]$[/faint] [bold]fastpeft {shlex.join(arguments)}[/bold]", highlight=False)
-    done = subprocess.run([sys.executable, "-m", "fastpeft.cli", *arguments])
+    # The installed script, not `python -m`: that would put this folder, and so kernels/, on the import path, where
+    # libraries that look for the package `kernels` of PyPI would find it.
+    done = subprocess.run([Path(sysconfig.get_path("scripts")) / "fastpeft", *arguments])
     if done.returncode:
         raise SystemExit(done.returncode)
 

@@ -17,6 +17,10 @@
 
 #include "cpu/select.h"
 
+#if defined(__ELF__)
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+#endif
+
 namespace fastpeft {
 namespace bind {
 
@@ -78,13 +82,22 @@ std::array<StableIValue, sizeof...(Args)> boxed(const Args&... args) {
   return {torch::stable::detail::from(args)...};
 }
 
-// Runs the operator of the same name in Python's reference implementation. (STABLE_TORCH_ERROR_CODE_CHECK would come
-// with torch 2.13 only.)
+// What was raised by the last call that failed. torch says so from 2.13 on; the weak reference is null in older ones.
+inline const char* last_error() {
+#if defined(__ELF__)
+  return torch_exception_get_what_without_backtrace == nullptr ? "" : torch_exception_get_what_without_backtrace();
+#else
+  return "";
+#endif
+}
+
+// Runs the operator of the same name in Python's reference implementation. (STABLE_TORCH_ERROR_CODE_CHECK would need
+// torch 2.13.)
 template <size_t N>
 void call_reference(const char* name, std::array<StableIValue, N>& stack) {
   STD_TORCH_CHECK(
       torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS, name,
-      " failed on these operands"
+      " failed on these operands: ", last_error()
   );
 }
 

@@ -14,7 +14,7 @@ import fastpeft
 from fastpeft.cli.console import console, facts, number, quiet_libraries
 from fastpeft.cli.errors import CommandError
 from fastpeft.cli.files import replacing_folder
-from fastpeft.cli.models import DTYPES, ensure_peft_names, load_model, load_tokenizer
+from fastpeft.cli.models import DTYPES, ensure_peft_names, is_missing_folder, load_model, load_tokenizer
 
 
 def _base_name(adapter: str, model: str | None) -> str:
@@ -57,6 +57,8 @@ def merge(adapter: str, out: Path, model: str | None, dtype: str, overwrite: boo
     Raises:
         CommandError: something cannot be loaded, `out` is in use, or the merged weights are not finite.
     """
+    if is_missing_folder(adapter):
+        raise CommandError(f"{adapter}: no such folder")
     ensure_peft_names()
     quiet_libraries()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:

@@ -57,12 +57,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def is_missing_folder(name: str) -> bool:
+    """Whether `name` can only be a path (a Hub id is `name` or `owner/name`), and nothing is there."""
+    path = Path(name).expanduser()
+    return not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1)
+
+
 def _explain(name: str, error: Exception) -> CommandError:
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
         return CommandError(f"{name}: no config.json in this folder, so it is not a Transformers model")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if is_missing_folder(name):
         return CommandError(f"{name}: no such folder")
     return CommandError(f"{name}: cannot be loaded, neither as a folder nor from the Hub: {first}")
 

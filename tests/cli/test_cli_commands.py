@@ -61,6 +61,17 @@ def test_merge_of_what_is_no_adapter(fastpeft_command: Callable, tmp_path: Path,
     assert "no adapter_config.json" in said and not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("model", [False, True])
+def test_merge_of_a_folder_that_is_not_there(
+    fastpeft_command: Callable, tmp_path: Path, tiny_model: Path, model: bool
+) -> None:
+    """It is no Hub id either, so the rules of those would mislead."""
+    base = ("--model", tiny_model) if model else ()
+    said = fastpeft_command("merge", "--adapter", tmp_path / "nope", "--out", tmp_path / "merged", *base, code=2).output
+    assert "no such folder" in said.replace("\n", " ") and "repo" not in said.lower()
+    assert not (tmp_path / "merged").exists()
+
+
 def test_doctor_finds_a_healthy_install(fastpeft_command: Callable) -> None:
     report = json.loads(fastpeft_command("doctor", "--json").output)
     assert report["healthy"] and report["problems"] == []

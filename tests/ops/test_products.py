@@ -158,6 +158,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             call()
 
 
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch says it from 2.13 on")
+def test_what_the_reference_says_comes_through_the_extension() -> None:
+    """float64 goes to the reference by way of C++, which must not keep its message to itself."""
+    y, h, B = (torch.zeros(shape, dtype=torch.float64) for shape in ((4, 5), (3, 2), (5, 2)))
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(3\)"):
+        AUTO.lora_expand_(y, h, B, [5])
+
+
 @pytest.mark.parametrize("namespace", ["fastpeft", "fastpeft_reference"])
 def test_schemas_and_fakes_are_true(namespace: str) -> None:
     """What torch.compile relies on: mutation and aliasing as declared, shapes and dtypes as the fakes say."""
