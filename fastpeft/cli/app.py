@@ -200,8 +200,8 @@ def finetune(
 
     [bold]fastpeft finetune --model ./SmolLM2-135M-Instruct --data dialogues.jsonl --out adapter[/bold]
 
-    Ctrl-C saves a checkpoint; [bold]fastpeft finetune --resume --out adapter[/bold] continues to the same numbers. The
-    adapter loads in PEFT, vLLM and TGI as it is.
+    Ctrl-C saves a checkpoint; [bold]fastpeft finetune --resume --out adapter[/bold] continues to the same numbers.
+    The adapter loads in PEFT, vLLM and TGI as it is.
     """
     with explained():
         from fastpeft.cli.errors import CommandError

@@ -355,7 +355,8 @@ def _show(report: dict[str, Any]) -> None:
 
     if operators := report.get("operators"):
         table = Table(box=box.ROUNDED, border_style="faint")
-        for column in ("operator", "on a CPU tensor", "on a CUDA tensor"):
+        table.add_column("operator", no_wrap=True)
+        for column in ("on a CPU tensor", "on a CUDA tensor"):
             table.add_column(column)
         for name, where in operators.items():
             table.add_row(Text(name, "cyan"), *(_by_backend(where[key]) for key in ("cpu", "cuda")))
