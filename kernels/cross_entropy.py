@@ -117,7 +117,9 @@ def _checked(z: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def _block(columns: int) -> int:
-    return power_of_two(columns, 16, 4096)
+    """For four warps, 16 elements a thread. Each warp loads a row's scalars, a sector each: with eight warps and 4,096
+    columns only 94 % of the loaded sectors' bytes were used."""
+    return power_of_two(columns, 16, 2048)
 
 
 def cross_entropy_accumulate_(
@@ -140,7 +142,7 @@ def cross_entropy_accumulate_(
         _cross_entropy_accumulate_kernel[(z.shape[0],)](
             z, labels.contiguous(), state, acc, first, float(scale), float(cap), SLACK, z.shape[0], z.shape[1], K,
             z.stride(0), 0 if acc is None else acc.stride(0),
-            CAPPED=cap > 0, WRITE=acc is not None, **config(8, 1, BN=_block(z.shape[1]), BK=power_of_two(K, 16, 1024)),
+            CAPPED=cap > 0, WRITE=acc is not None, **config(4, 1, BN=_block(z.shape[1]), BK=power_of_two(K, 16, 1024)),
         )  # fmt: skip
 
 
@@ -154,5 +156,5 @@ def cross_entropy_gradient_(
     with on_device(z):
         _cross_entropy_gradient_kernel[(z.shape[0],)](
             z, labels.contiguous(), rows, first, float(scale), float(cap), z.shape[0], z.shape[1], z.stride(0),
-            CAPPED=cap > 0, **config(8, 1, BN=_block(z.shape[1])),
+            CAPPED=cap > 0, **config(4, 1, BN=_block(z.shape[1])),
         )  # fmt: skip

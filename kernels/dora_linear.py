@@ -216,8 +216,9 @@ def dora_expand_backward(
         # y stands in registers beside dy: with blocks of 32 x 128 and 256 the kernel spilled.
         tile = {**tile, "BM": 16, "BN": min(tile["BN"], 128)}
         panels = triton.cdiv(N, tile["BN"])
-        if 2 * 4 * R * panels * M > dy.element_size() * M * N * 2:
-            tile = None  # writing and reading the partial sums would move more than another pass
+        sums_bytes, passes_bytes = 2 * 4 * R * panels * M, dy.element_size() * M * N * 2
+        if sums_bytes > passes_bytes or (sums_bytes == passes_bytes and dy.dtype == torch.float32):
+            tile = None  # partial sums would move more than two more passes; in fp32 as much, and spilled on sm_90
     rim = tile is not None
     tile = tile or config(4, 3, BM=power_of_two(M, 16, 32), BN=128, BR=16)
     panels = triton.cdiv(N, tile["BN"])

@@ -289,13 +289,14 @@ def glu_shrink(
 def _backward_tile(R: int, members: int, M: int, n: int, drop: bool) -> dict[str, Any] | None:
     """As `lora_shrink_backward`'s with all members at once; None where their sums would not stay in registers.
 
-    16 rows at a time where several masks are made beside the activation: 32 spilled.
+    16 rows at a time where several masks, or a mask and sums of 64 columns, are made beside the activation: 32 spilled.
     """
     BR = power_of_two(R, 16, 1024)
     if members * BR > {1: 64, 3: 32, 6: 16}[n]:
         return None
-    most = 16 if n == 6 or (drop and members > 1) else 32
-    return config(warps=4, stages=2, G=members, BM=power_of_two(M, 16, most), BK=64, BR=BR)
+    most = 16 if n == 6 or (drop and (members > 1 or BR == 64)) else 32
+    BK = 32 if n == 6 and drop else 64  # with 64 columns of fp32 and their mask 3 accesses spilled on sm_120
+    return config(warps=4, stages=2, G=members, BM=power_of_two(M, 16, most), BK=BK, BR=BR)
 
 
 def glu_shrink_backward(

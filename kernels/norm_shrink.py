@@ -256,7 +256,7 @@ def shrink_forward(
 def _rim_tile(R: int, M: int, K: int, n: int, drop: bool, multiprocessors: int) -> dict[str, Any]:
     """BM rows, four warps to 32 of them: fp32 tiles of dy, h' and the rim are three times 16 values a thread."""
     BM = power_of_two(M, 16, 32 if triton.cdiv(M, 32) >= multiprocessors else 16)
-    return config(warps=BM // 8, stages=1, BM=BM, BK=32 if n == 6 else 64, BR=power_of_two(R, 16, 32 if n == 6 else 64))
+    return config(warps=BM // 8, stages=1, BM=BM, BK=32 if n == 6 else 64, BR=power_of_two(R, 16, 16 if n == 6 else 64))
 
 
 def shrink_backward_fused(

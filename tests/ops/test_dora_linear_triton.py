@@ -66,9 +66,9 @@ def exactly(o):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=IDS)
 @pytest.mark.parametrize("M, N, r, bias", [(40, 136, 16, True), (1, 33, 3, False), (20, 65, 72, True)])
-def test_forward(dtypes, M, N, r, bias, device):
+def test_forward(dtypes, M, N, r, bias, device, pad=8):
     for with_u in (False, True):
-        o = operands(M, N, r, dtypes, device, bias=bias)
+        o = operands(M, N, r, dtypes, device, pad, bias)
         e = exactly(o)
         exact_y, exact_u = e["y"].clone(), e["u"].clone()
         if with_u:
@@ -85,8 +85,8 @@ def test_forward(dtypes, M, N, r, bias, device):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=IDS)
 @pytest.mark.parametrize("M, N, r, bias", [(40, 136, 16, True), (1, 33, 3, False), (70, 65, 72, True)])
-def test_backward(dtypes, M, N, r, bias, device):
-    o = operands(M, N, r, dtypes, device, bias=bias)
+def test_backward(dtypes, M, N, r, bias, device, pad=8):
+    o = operands(M, N, r, dtypes, device, pad, bias)
     e = exactly(o)
     dt, exact_dt = torch.empty_like(o["dy"]), torch.empty_like(e["dy"])
     names = ("y", "bias", "s", "B", "gain", "out_gain")
@@ -101,11 +101,11 @@ def test_backward(dtypes, M, N, r, bias, device):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("p", [0.05, 1.0])
-def test_dropout(dtype, p, device):
-    x, seed = strided(torch.randn(33, 70, device=device).to(dtype), 8), torch.tensor([12345678901], device=device)
+def test_dropout(dtype, p, device, shape=(33, 70), pad=8):
+    x, seed = strided(torch.randn(shape, device=device).to(dtype), pad), torch.tensor([12345678901], device=device)
     got = kernels.dropout(x, p, seed, 2)
     torch.testing.assert_close(got, reference.dropout_reference(x, p, seed, 2).to(dtype))
-    dx = torch.randn(33, 70, device=device).to(dtype)
+    dx = torch.randn(shape, device=device).to(dtype)
     want = dx.clone()
     reference.dropout_add_reference(want, x, p, seed, 2)
     kernels.dropout_add_(dx, x, p, seed, 2)
