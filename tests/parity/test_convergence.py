@@ -31,7 +31,7 @@ def trained(library: Any, folder: Path, batches: list[torch.Tensor]) -> list[flo
     if library is fastpeft:
         fastpeft.patch(model)
         assert not fastpeft.report(model).left
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, fused=True)
     losses = []
     for step, ids in enumerate(batches):
         with pytest.MonkeyPatch.context() as patched:
