@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import loss as losses
+from . import rope as rotations
 from .forwards import Forward, LoraForward, ParentForward, PlainForward
 from .group import Group
 from .inputs import NoInput, example_call
@@ -99,7 +100,8 @@ def patch(
     Args:
         example_inputs: a small input for one forward of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), by which shared inputs are found. Transformers models need none.
-        blocks: whether norms and activations are replaced: "auto" where they are recognised, "never".
+        blocks: whether norms, activations and rotary embeddings are replaced: "auto" where they are recognised,
+            "never".
         stack: whether base weights of a group are laid side by side and multiplied at once: "auto" where that is not
             slower and keeps no more for the backward, "always" where it is possible, "never".
         form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
@@ -134,7 +136,10 @@ def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn
     unpatch(root)
     with torch.inference_mode(False):
         try:
+            # Below the forwards that open a group's extent, which call what they find.
+            turned = rotations.apply(root, example_inputs, options.verify) if options.blocks == "auto" else []
             result = _patch(root, example_inputs, options)
+            result.rows += turned
             if options.loss == "auto":
                 result.rows += losses.apply(root, example_inputs, options.verify)
         except BaseException:
@@ -421,12 +426,13 @@ def _dissolve(group: Group) -> None:
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
-    """Every forward of ours on the model: on top, or under a wrapper of accelerate's."""
+    """Every forward of ours on the model, of a module's the outermost first: on top, or under accelerate's wrapper."""
     for module in model.modules():
         for key in ("forward", "_old_forward"):
             forward = module.__dict__.get(key)
-            if isinstance(forward, Forward):
+            while isinstance(forward, Forward):
                 yield module, forward
+                forward = forward.previous
 
 
 def _take_off(module: nn.Module, forward: Forward) -> None:
