@@ -76,6 +76,11 @@ class DoraCaching:
         if enabled != (DoraCaching._switched % 2 == 1):
             DoraCaching._switched += 1
 
+    @staticmethod
+    def on(layer: nn.Module) -> bool:
+        """The norms of this layer are to be kept now."""
+        return DoraCaching._switched % 2 == 1 and not layer.training
+
 
 class DoraLinear(LoraVariant):
     """DoRA on linear layers, and what all kinds share."""

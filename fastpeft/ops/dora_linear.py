@@ -35,22 +35,16 @@ from y: on the CPU such outputs are computed again, elsewhere g is kept from bei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import dora_products as dora_products  # declares the operators
 from . import native, philox, steps
-from .backend import OPS, autocast_enabled, cpu_extension, exact, route
-from .lora_linear import check, rows_of, shaped
+from .backend import autocast_enabled, exact, route
+from .dora_projections import Plan, Watch, collect, formula, project, split_rows
+from .lora_linear import check, rows_of
 from .projections import stack_rows
-from .weight_norm import weight_norm
-
-# The largest p at which the second base product is made of the first on the CPU.
-GATHER_P = 0.2
-_SMALLEST = 2.0**-100
 
 
 def dora_linear(
@@ -108,66 +102,41 @@ def dora_linear_group(
     if native.transformed(x, *weights, *biases, *lora_A, *lora_B, *magnitudes) or (
         torch.is_grad_enabled() and any(w.requires_grad for w in weights)
     ):
-        return _native(x, None, weights, biases, lora_A, lora_B, magnitudes, scaling, dropout_p)
+        return formula(x, None, weights, biases, lora_A, lora_B, magnitudes, scaling, dropout_p)
     if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
         x, lora_A, lora_B = x.to(cast), [a.to(cast) for a in lora_A], [b.to(cast) for b in lora_B]
     known = (None,) * len(weights) if norms is None else tuple(norms)
-    plan = _Plan(len(weights), tuple(float(c) for c in scaling), float(dropout_p), cast, route(device), known)
+    plan = Plan(len(weights), tuple(float(c) for c in scaling), float(dropout_p), cast, route(device), known)
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) else None
     if not torch.is_grad_enabled():
         with exact(device):
-            return _forward(plan, x, seed, weights, biases, lora_A, lora_B, magnitudes)[1]
+            return _forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))[1]
     return _DoraLinear.apply(plan, x, seed, *weights, *biases, *lora_A, *lora_B, *magnitudes)
-
-
-class _Plan(NamedTuple):
-    """Everything about a call that is not a tensor."""
-
-    members: int
-    scaling: tuple[float, ...]
-    p: float
-    cast: torch.dtype | None  # autocast's dtype, to which the base is cast in the forward and again in the backward
-    backend: str
-    norms: tuple[Tensor | None, ...]  # those that are known
-
-    def lists(self, tensors: Sequence[Any]) -> list[list[Any]]:
-        """One flat list, cut into the lists of its kinds."""
-        return [list(tensors[i : i + self.members]) for i in range(0, len(tensors), self.members)]
-
-    def gathers(self, x: Tensor) -> bool:
-        """With dropout: whether the second base product is made of the first."""
-        return (
-            self.backend == "auto"
-            and x.device.type == "cpu"
-            and x.dtype is not torch.float64
-            and self.p <= GATHER_P
-            and cpu_extension() is not None
-        )
 
 
 class _DoraLinear(torch.autograd.Function):
     """Outputs of all projections from (plan, x, seed, weights, biases, A's, B's, magnitudes)."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, plan: Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
         weights, biases, lora_A, lora_B, magnitudes = plan.lists(tensors)
         trainable = any(t.requires_grad for t in (*lora_A, *lora_B, *magnitudes))
         with exact(x.device):
-            s, outputs, kept, gains = _forward(plan, x, seed, weights, biases, lora_A, lora_B, magnitudes)
+            s, outputs, kept, gains = _forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))
         # x is kept for dA, s for dB and y for dm: frozen adapters need none.
         wanted = [t if m.requires_grad else None for t, m in zip(kept, magnitudes)]
         ctx.plan, ctx.x_shape = plan, x.shape
         ctx.watched = None
         if seed is None and any(ctx.needs_input_grad[-plan.members :]) and not torch.compiler.is_compiling():
-            ctx.watched = [_Watch(y) for y in outputs]
+            ctx.watched = [Watch(y) for y in outputs]
         ctx.save_for_backward(*((x, s) if trainable else (None, None)), seed, *tensors, *wanted, *gains)
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         x, s, seed, *tensors = ctx.saved_tensors
         if all(dy is None for dy in grads):
             return (None,) * len(ctx.needs_input_grad)
@@ -178,9 +147,8 @@ class _DoraLinear(torch.autograd.Function):
             return _graph(plan, inputs, ctx.x_shape, seed, grads, [needs[1], *needs[3:]])
         with exact(next(dy for dy in grads if dy is not None).device):
             changed = [watch.changed for watch in ctx.watched] if ctx.watched else [False] * plan.members
-            dx, dA, dB, dm = _backward(
-                plan, grads, x, s, seed, weights, biases, lora_A, lora_B, kept, gains, changed, needs[1], ctx.x_shape
-            )
+            lists = [weights, biases, lora_A, lora_B, magnitudes, kept, gains]
+            dx, dA, dB, dm = _backward(plan, grads, x, s, seed, lists, changed, needs[1], ctx.x_shape)
         d_bias = [
             dy.flatten(0, -2).sum(0) if need and dy is not None else None
             for dy, need in zip(grads, needs[3 + plan.members :])
@@ -190,190 +158,41 @@ class _DoraLinear(torch.autograd.Function):
         return (None, dx, None, *(d if need else None for d, need in zip(found, needs[3:])))
 
 
-class _Watch:
-    """Tells whether an output was written to after it was made: a tensor of no elements that shares its version."""
-
-    def __init__(self, y: Tensor) -> None:
-        self._counter = y.detach()
-        self._counter.data = y.new_empty(0)
-        self._version = self._counter._version
-
-    @property
-    def changed(self) -> bool:
-        return self._counter._version != self._version
-
-
-def gain_of(
-    weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """g - 1 and n, (N,) in fp32 (float64 if an operand is).
-
-    n is as exact as m is, so that m at its start gives g = 1 to the bit. A row of zeros divides by no 0.
-    """
-    norm = weight_norm(weight, A, B, scaling) if norm is None else norm
-    norm = norm.to(magnitude.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
-    return (magnitude.detach().flatten().to(norm.dtype) - norm).div_(norm).clamp_min(_SMALLEST - 1), norm
-
-
 def _forward(
-    plan: _Plan,
-    x: Tensor,
-    seed: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    magnitudes: Sequence[Tensor],
+    plan: Plan, x: Tensor, seed: Tensor | None, lists: Sequence[Sequence[Any]]
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor], list[Tensor]]:
-    """S (M, G*r), the outputs, and of each projection what dm is made of and (2, N): g - 1 and n.
-
-    The outputs are tensors that autograd takes neither for views nor for what is kept.
-    """
-    flat, lead, ops = rows_of(x), x.shape[:-1], OPS[plan.backend]
-    s_all = steps.shrink(plan.backend, flat, stack_rows(list(lora_A)), plan.scaling, plan.p, seed)
-    r = s_all.shape[1] // plan.members
-    outputs, kept, gains = [], [], []
-    for g, (w, b, A, B, m) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes)):
-        gain, norm = gain_of(w, A, B, m, plan.scaling[g], plan.norms[g])
-        if plan.cast is not None:
-            w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
-        s = s_all[:, g * r : g * r + B.shape[1]]
-        if seed is None:
-            y = t = F.linear(flat, w, b)
-            ops.dora_expand_(y, s, B, gain, b)
-        elif plan.gathers(flat):
-            y = F.linear(flat, w)
-            t = ops.dora_drop_(y, flat, w, s, B, gain, b, plan.p, seed, g)
-        else:
-            y, t = F.linear(flat, w), F.linear(ops.dropout(flat, plan.p, seed, g), w)
-            ops.dora_mix_(y, t, s, B, gain, b)
-        outputs.append(shaped(y, lead))
-        kept.append(t)
-        gains.append(torch.stack((gain, norm)))
-    return s_all, tuple(outputs), kept, gains
+    """S (M, G*r), then as `project`."""
+    flat, A = rows_of(x), stack_rows(list(lists[2]))
+    s = steps.shrink(plan.backend, flat, A, plan.scaling, plan.p, seed)
+    return s, *project(plan, flat, x.shape[:-1], s, seed, *lists)
 
 
 def _backward(
-    plan: _Plan,
+    plan: Plan,
     grads: Sequence[Tensor | None],
     x: Tensor | None,
     s: Tensor | None,
     seed: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    kept: list[Tensor | None],
-    gains: list[Tensor],
+    lists: list[list[Any]],
     changed: list[bool],
     need_dx: bool,
     shape: torch.Size,
 ) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
     """dx, and of each projection dA, dB and dm."""
-    ops, r = OPS[plan.backend], max(a.shape[0] for a in lora_A)
-    flat = None if x is None else rows_of(x)
-    dx: Tensor | None = None
-    parts = []
+    weights, biases, lora_A, lora_B, _, kept, gains = lists
+    made = None if x is None else lambda: rows_of(x)
+    dx, ds, dB, dm = collect(plan, grads, made, s, seed, weights, biases, lora_A, lora_B, kept, gains, changed, need_dx)
     dA: list[Any] = [None] * plan.members
-    dB, dm = list(dA), list(dA)
-    for i, (grad, w, b, B, t) in enumerate(zip(grads, weights, biases, lora_B, kept)):
-        if grad is None:
-            parts.append(lora_A[i].new_zeros(shape[:-1].numel(), r))
-            continue
-        dy, (gain, norm) = rows_of(grad), gains[i]
-        if plan.cast is not None:
-            w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
-        s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
-        g, again = 1 + gain, t is not None and (changed[i] or _hides(seed, gain))
-        if again and flat is not None:
-            t = F.linear(flat, w)
-            ops.lora_expand_(t, s_i, B, [t.shape[1]])
-        dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
-        given_bias = b if seed is None and not again else None
-        ds, dB[i], sums = ops.dora_expand_backward(dy, t, given_bias, s_i, B, g, out, dt)
-        if t is not None:
-            dm[i] = sums / (norm if seed is not None or again else g * norm)
-        if dt is not None:
-            dx = _add_input_gradient(plan, dx, dy, dt, w, gain, seed, i)
-        parts.append(F.pad(ds, (0, r - ds.shape[1])) if ds.shape[1] < r else ds)
-    known = dx if flat is None else flat  # with x None, dA is formed of dx and not used
+    known = dx if x is None else rows_of(x)  # with x None, dA is formed of dx and not used
     if known is not None:
-        ds_all = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        d_rows = steps.shrink_backward(plan.backend, ds_all, known, stack_rows(lora_A), plan.scaling, plan.p, seed, dx)
-        for i, a in enumerate(lora_A):
-            if flat is not None and grads[i] is not None:
-                dA[i] = d_rows.narrow(0, i * r, a.shape[0])
+        d_rows = steps.shrink_backward(plan.backend, ds, known, stack_rows(lora_A), plan.scaling, plan.p, seed, dx)
+        if x is not None:
+            dA = split_rows(d_rows, lora_A, grads)
     return None if dx is None else dx.view(shape), dA, dB, dm
 
 
-def _hides(seed: Tensor | None, gain: Tensor) -> bool:
-    """On the CPU, where asking costs nothing: an output of magnitude 0 does not tell t."""
-    return seed is None and gain.device.type == "cpu" and not torch.compiler.is_compiling() and _any_zero(gain)
-
-
-def _any_zero(gain: Tensor) -> bool:
-    return gain.numel() > 0 and gain.min().item() <= _SMALLEST - 1
-
-
-def _scaled_dy(plan: _Plan, dy: Tensor, seed: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the multiple of dy goes that is multiplied with W, and the factors."""
-    dt = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    if seed is None:
-        return dt, 1 + gain
-    return dt, 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
-
-
-def _add_input_gradient(
-    plan: _Plan, dx: Tensor | None, dy: Tensor, dt: Tensor, w: Tensor, gain: Tensor, seed: Tensor | None, member: int
-) -> Tensor:
-    """One projection's part of dx, its rim's aside, added to dx where there is one."""
-    ops = OPS[plan.backend]
-    if seed is not None and not plan.gathers(dy):
-        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
-        ops.dropout_add_(dx, torch.mm(dt, w), plan.p, seed, member)
-        return dx
-    dx = torch.mm(dt, w) if dx is None else dx.addmm_(dt, w)
-    if seed is not None:
-        ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
-    return dx
-
-
-def _native(
-    x: Tensor,
-    seed: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    magnitudes: Sequence[Tensor],
-    scaling: Sequence[float],
-    p: float,
-) -> tuple[Tensor, ...]:
-    """The formula in ordinary differentiable PyTorch. seed None: drawn where p asks for it."""
-    outputs = []
-    for g, (w, b, A, B, m, c) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes, scaling)):
-        norm = weight_norm(w, A, B, c)
-        norm = norm.to(m.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
-        gain = (m.flatten().to(norm.dtype) - norm) / norm
-        y = F.linear(x, w, b)
-        z = x
-        if p and native.transformed(x):
-            z = F.dropout(x, p)  # a sharded or batched x has masks of its own kind
-        elif p:
-            seed = philox.draw_seed(x.device) if seed is None else seed
-            mask = philox.keep_mask(seed, g, x.shape[:-1].numel(), x.shape[-1], p).view(x.shape)
-            z = x * (mask * philox.keep_scale(p)).to(x.dtype)
-        rim = F.linear(F.linear(z.to(A.dtype), A), B) * c
-        if z is x:
-            v = y + rim
-            outputs.append((v + gain * (v if b is None else v - b)).to(y.dtype))
-        else:
-            outputs.append((y + rim + gain * (F.linear(z, w) + rim)).to(y.dtype))
-    return tuple(outputs)
-
-
 def _graph(
-    plan: _Plan,
+    plan: Plan,
     inputs: list[Any],
     shape: torch.Size,
     seed: Tensor | None,
@@ -392,7 +211,7 @@ def _graph(
                 [None if b is None else b.to(plan.cast) for b in biases],
             )
         with exact(weights[0].device):
-            outputs = _native(x, seed, weights, biases, lora_A, lora_B, magnitudes, plan.scaling, plan.p)
+            outputs = formula(x, seed, weights, biases, lora_A, lora_B, magnitudes, plan.scaling, plan.p)
             used = [(y, dy) for y, dy in zip(outputs, grads) if dy is not None]
             wanted = [t for t, need in zip(inputs, needs) if need]
             found = iter(

@@ -82,11 +82,13 @@ def glu_linear(
     *,
     stacked_weight: Tensor | None = None,
     stacked_bias: Tensor | None = None,
+    magnitudes: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(h, outputs): act(gate) * up (..., K) and what the projections make of it, each (..., N_g).
 
     gate, up: (..., K) of one dtype, any strides; up may be None. act: as in `glu`. The lists are those of
     `lora_linear_group`; base weights may be trained or frozen, and must have gate's dtype. Autocast is not looked at.
+    magnitudes: of DoRA adapters, which every projection then has (`dora_joined`).
 
     Raises ValueError on shapes that do not fit.
     """
@@ -105,4 +107,5 @@ def glu_linear(
         dropout_p,
         stacked_weight=stacked_weight,
         stacked_bias=stacked_bias,
+        magnitudes=magnitudes,
     )

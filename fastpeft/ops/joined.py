@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import exact
+from .dora_joined import dora_joined
 from .lora_linear import check, rows_of, shaped
-from .projections import Projections, bias_grads, collect, members_of, planned, project, stack_rows
+from .projections import Projections, bias_grads, collect, flat_inputs, members_of, planned, project, stack_rows
 
 
 class Producer(Protocol):
@@ -77,11 +78,15 @@ def joined(
     *,
     stacked_weight: Tensor | None = None,
     stacked_bias: Tensor | None = None,
+    magnitudes: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """n (..., K) and the outputs (..., N_g) of its projections; lists as in `lora_linear_group`.
 
+    magnitudes: the adapters are DoRA, one on every projection; each base weight is then a product of its own.
     Base weights may be frozen or trained. All must be of one dtype, adapters excepted; autocast is not looked at.
     """
+    if magnitudes is not None:
+        return dora_joined(producer, inputs, weights, biases, *_adapted(lora_A, lora_B), magnitudes, scaling, dropout_p)
     for i, (w, a, b) in enumerate(zip(weights, lora_A, lora_B)):
         if a is not None and b is not None:
             check(w, w, a, b, dropout_p, f"projection {i}")
@@ -107,6 +112,15 @@ def joined(
     return n, tuple(outputs)
 
 
+def _adapted(
+    lora_A: Sequence[Tensor | None], lora_B: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    A, B = [a for a in lora_A if a is not None], [b for b in lora_B if b is not None]
+    if len(A) != len(lora_A) or len(B) != len(lora_B):
+        raise ValueError("magnitudes: every projection needs lora_A and lora_B, for one of them they are None")
+    return A, B
+
+
 class _Joined(torch.autograd.Function):
     """(n, y_1, …) from (producer, plan, how many inputs, seed, inputs, weights, biases, A's, B's)."""
 
@@ -117,7 +131,7 @@ class _Joined(torch.autograd.Function):
         inputs, rest = tensors[:count], tensors[count:]
         weights, biases, lora_A, lora_B = plan.parts(rest)
         lead = inputs[0].shape[:-1]  # type: ignore[union-attr]
-        flat = _flat(inputs)
+        flat = flat_inputs(inputs)
         with exact(weights[0].device):
             A = stack_rows(lora_A) if lora_A else None
             n, s, extras = producer.forward(plan.backend, flat, A, plan.scaling, plan.p, seed)
@@ -163,7 +177,7 @@ def _backward(
     weights, _, lora_A, lora_B = parts
     count = len(inputs)
     need_inputs, need_weights = needs[:count], plan.parts(needs[count:])[0]
-    flat = _flat(inputs)
+    flat = flat_inputs(inputs)
     total, ds, dB = collect(plan, grads, s, weights, lora_A, lora_B, any(need_inputs))
     if dn is not None and any(need_inputs):
         outside = rows_of(dn)
@@ -232,8 +246,3 @@ def _second_order(
         torch.autograd.grad([y for y, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True)
     )
     return tuple(next(found) if need else None for need in needs)
-
-
-def _flat(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Activations as matrices; parameters (one-dimensional) and None as they are."""
-    return [t if t is None or t.dim() < 2 else rows_of(t) for t in inputs]

@@ -217,3 +217,8 @@ def stack_columns(parts: list[Tensor], r: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat([p if p.shape[1] == r else F.pad(p, (0, r - p.shape[1])) for p in parts])
+
+
+def flat_inputs(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Activations as matrices; parameters (one-dimensional) and None as they are."""
+    return [t if t is None or t.dim() < 2 else rows_of(t) for t in inputs]

@@ -404,7 +404,9 @@ def _source_row(source: Source, plan: GroupPlan | None) -> Row:
 
 def _group_row(candidate: Candidate, plan: GroupPlan, group: Group) -> Row:
     names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
-    operator = f"lora_linear_group of {names}" if len(plan.members) > 1 else "lora_linear"
+    operator = "dora_linear" if plan.members[0].dora else "lora_linear"
+    if len(plan.members) > 1:
+        operator += f"_group of {names}"
     if not any(c.adapted for c in plan.members):
         operator = "linear"
     if plan.source is not None:

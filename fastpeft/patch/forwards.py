@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..layers.dora import DoraCaching
 from ..ops import dora_linear, lora_linear
 from ..ops.nf4 import DTYPES, Weight4bit
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
@@ -98,9 +99,16 @@ class LoraForward(Forward):
         return lora_linear(x, *operands)  # type: ignore[arg-type]
 
     def operands(self) -> Operands | None:
-        """The tensors for a group's operator, which is LoRA's; None while the layer must be computed alone."""
+        """The tensors for a group's operator; None while the layer must be computed alone."""
         found = self.current()
-        return None if self.reading.dora else found
+        if self.native and self.reading.dora and DoraCaching.on(self.module):
+            return None  # its own forward has the norms
+        return found
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """m of a DoRA layer as it is now; None for LoRA."""
+        return self.reading.magnitude
 
     def current(self) -> Operands | None:
         """The layer's tensors now; None while its own forward must run. Reads the layer anew if it has changed."""
@@ -178,6 +186,11 @@ class PlainForward(Forward):
         if not isinstance(self.module, nn.Linear):  # a Conv1D keeps its weight transposed
             weight = weight.t()
         return (weight, parameters.get("bias"), None, None, 0.0, 0.0)
+
+    @property
+    def magnitude(self) -> None:
+        """There is no adapter."""
+        return None
 
 
 class ParentForward(Forward):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import lora_linear_group
+from ..ops import dora_linear_group, lora_linear_group
 from ..ops.lora_linear import NATIVE_ELEMENTS
 from .forwards import TENSORS, LoraForward, PlainForward, fits
 from .stacking import Stack
@@ -31,7 +31,8 @@ from .stacking import Stack
 # On a GPU a product of this many rows or fewer costs its launch, and what it keeps alive is small.
 FEW_ROWS = 256
 
-# The member's weights, biases, A's, B's, scalings and dropout probability, then the stacked weight and bias.
+# The members' weights, biases, A's, B's, scalings and dropout probability, then the stacked weight and bias, and the
+# magnitudes where the adapters are DoRA.
 Gathered = tuple[Any, ...]
 
 
@@ -131,7 +132,10 @@ class Group:
         gathered = self.gather(x, x)
         if gathered is None or gathered[2].count(None) == len(gathered[2]):
             return None
-        *lists, block, block_bias = gathered
+        *lists, block, block_bias, magnitudes = gathered
+        if magnitudes is not None:
+            *tensors, scaling, p = lists
+            return self._probed(dora_linear_group(x, *tensors, magnitudes, scaling, p))
         outs = lora_linear_group(x, *lists, stacked_weight=block, stacked_bias=block_bias, form=self.form)
         return self._probed(outs)
 
@@ -187,7 +191,12 @@ class Group:
         if x is not None and not fits(x, weights[0]):
             return None
         p = adapted[0][1] if adapted else 0.0
-        return (weights, biases, A, B, scaling, p, *self._blocks(like, weights, biases))
+        magnitudes = [member.magnitude for member in self.members]
+        given = len(magnitudes) - magnitudes.count(None)
+        if given and (given < len(magnitudes) or any(w.requires_grad for w in weights)):
+            return None  # DoRA is for adapters on every member, over frozen weights
+        blocks = (None, None) if given else self._blocks(like, weights, biases)
+        return (weights, biases, A, B, scaling, p, *blocks, magnitudes if given else None)
 
     def _probed(self, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(_as_column_block(out) for out in outs) if self.probing and self.stack else outs

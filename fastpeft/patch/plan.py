@@ -48,7 +48,7 @@ class Candidate:
 
     @property
     def dora(self) -> bool:
-        """Its adapter is DoRA, which is computed layer by layer."""
+        """Its adapter is DoRA; a group's adapters are all LoRA or all DoRA."""
         return self.reading is not None and self.reading.dora
 
     @property
@@ -167,7 +167,7 @@ def make_plan(
     names: of the modules that were watched as sources.
     """
     plan = Plan(candidates)
-    by_module = {c.module: c for c in [*candidates, *plain] if c.reason is None and not c.dora}
+    by_module = {c.module: c for c in [*candidates, *plain] if c.reason is None and not (c.dora and c.trained)}
     tied = _tied(model)
     grouped: set[nn.Module] = set()
     shared_inputs = seen.shared if seen else []
@@ -199,7 +199,8 @@ def shared_groups(
     members = [by_module[m] for m in shared.modules if m in by_module and m not in taken]
     found = []
     for part in _alike([c for c in members if c.adapted]):
-        group = _group(shared, part, [c for c in members if not c.adapted and not c.trained], tied, stack)
+        plain = [] if part[0].dora else [c for c in members if not c.adapted and not c.trained]
+        group = _group(shared, part, plain, tied, stack)
         if group is not None:
             found.append(group)
     return found
@@ -229,6 +230,8 @@ def _joined(
     plain = [c for c in consumers if not c.adapted]
     if adapted:
         adapted = next(iter(_alike(adapted)))
+        if adapted[0].dora:  # a frozen plain layer keeps nothing of its input anyway
+            plain = []
         plain = [c for c in plain if _same_kind(c.operands[0], adapted[0].operands[0])]
     elif not any(c.trained for c in plain):
         return None  # frozen and without adapters they keep nothing of their input
@@ -262,6 +265,8 @@ def _one_product(
     """Shall the base weights lie side by side and be one product, and when; and why."""
     if stack == "never":
         return "never", "stack='never'"
+    if any(c.dora for c in members):
+        return "never", "DoRA scales each projection by itself"
     operands = [c.operands for c in members]
     weights, biases = [o[0] for o in operands], [o[1] for o in operands]
     if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
@@ -298,7 +303,7 @@ def _kind(candidate: Candidate) -> tuple[Any, ...]:
     assert reading is not None
     weight, A = candidate.operands[0], reading.A.weight
     p = getattr(reading.dropout, "p", 0.0)
-    return (p, A.dtype, weight.dtype, weight.device, weight.shape[1], type(weight) is Weight4bit)
+    return (reading.dora, p, A.dtype, weight.dtype, weight.device, weight.shape[1], type(weight) is Weight4bit)
 
 
 def _same_kind(a: Tensor, b: Tensor) -> bool:

@@ -83,8 +83,10 @@ class NormForward(ProducerForward):
             norm = kind(spec.eps, spec.offset, out)
 
             def compute(gathered: Gathered) -> tuple[Tensor, tuple[Tensor, ...]]:
-                *lists, block, block_bias = gathered
-                return norm_linear(norm, x, parameters, *lists, stacked_weight=block, stacked_bias=block_bias)
+                *lists, block, block_bias, m = gathered
+                return norm_linear(
+                    norm, x, parameters, *lists, stacked_weight=block, stacked_bias=block_bias, magnitudes=m
+                )
 
             n = group.join(x, out, compute)
             if n is not None:
@@ -121,8 +123,8 @@ class ActivationForward(ProducerForward):
         if group is not None:
 
             def compute(gathered: Gathered) -> tuple[Tensor, tuple[Tensor, ...]]:
-                *lists, block, block_bias = gathered
-                return glu_linear(gate, up, act, *lists, stacked_weight=block, stacked_bias=block_bias)
+                *lists, block, block_bias, m = gathered
+                return glu_linear(gate, up, act, *lists, stacked_weight=block, stacked_bias=block_bias, magnitudes=m)
 
             h = group.join(gate, gate.dtype, compute)
             if h is not None:

@@ -71,6 +71,7 @@ def verify_joined(group: Group, producer: ProducerForward) -> str | None:
         inputs, dys = random[: -len(members)], random[-len(members) :]
         leaves = [t for t in producer.module._parameters.values() if t is not None and t.requires_grad]
         leaves += [t for found in operands for t in found if isinstance(t, Tensor) and t.is_leaf and t.requires_grad]  # type: ignore[union-attr]
+        leaves += [m for m in (member.magnitude for member in members) if m is not None]
 
         def apart(x: Tensor, *up: Tensor) -> list[Tensor]:
             n = producer.original(x)
@@ -140,7 +141,7 @@ def _compare(
     rows = max(ROWS, NATIVE_ELEMENTS // width + 1)  # enough for the operators proper
     x = torch.randn(1, rows, width, generator=generator, dtype=dtype, device=device)
     dys = [torch.randn(1, rows, o[0].shape[0], generator=generator, dtype=dtype, device=device) for o in operands]
-    magnitudes = [m.reading.magnitude if isinstance(m, LoraForward) else None for m in members]
+    magnitudes = [m.magnitude for m in members]
     adapters = [t for o, m in zip(operands, magnitudes) for t in (*o[2:4], m) if t is not None]
     try:
         theirs = _run_inputs([x], dys, adapters, lambda x: [member.original(x) for member in members])

@@ -130,7 +130,7 @@ def test_gradcheck(p, bias):
     with pytest.MonkeyPatch.context() as patched:
         import sys
 
-        patched.setattr(sys.modules["fastpeft.ops.dora_linear"], "weight_norm", lambda *_: norm)
+        patched.setattr(sys.modules["fastpeft.ops.dora_projections"], "weight_norm", lambda *_: norm)
         assert torch.autograd.gradcheck(f, inputs)
         assert torch.autograd.gradgradcheck(f, inputs)
 

@@ -69,7 +69,7 @@ def test_logits_and_gradients(name: str, p: float) -> None:
                 assert error <= GRADIENTS, f"{who}: {n} {error:.1e}"
     if p == 0.0:
         rows = fastpeft.report(models[1][1]).rows
-        assert all(row.fused == "dora_linear" for row in rows if row.kind == "peft Linear"), rows
+        assert all((row.fused or "").startswith("dora_linear") for row in rows if row.kind == "peft Linear"), rows
 
 
 def trained(model: Any, family: Family, optimiser: str, steps: int) -> Tensor:

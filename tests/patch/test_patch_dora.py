@@ -1,4 +1,4 @@
-"""DoRA layers of both libraries, patched: one operator call each, whatever is done to the adapters afterwards."""
+"""DoRA layers of both libraries, patched: joined as LoRA's are, whatever is done to the adapters afterwards."""
 
 from __future__ import annotations
 
@@ -56,11 +56,14 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_layer_is_one_operator_call(library):
+def test_layers_are_joined_as_loras_are(library):
     theirs = model(library)
     ours = fastpeft.patch(copy.deepcopy(theirs))
     rows = layers_of(ours)
-    assert len(rows) == 7 and all(row.fused == "dora_linear" for row in rows)
+    q, k, v, o, gate, up, down = (row.fused for row in rows)
+    assert q == k == v == "dora_linear_group of q_proj, k_proj, v_proj, joined to input_layernorm"
+    assert gate == up == "dora_linear_group of gate_proj, up_proj, joined to post_attention_layernorm"
+    assert (o, down) == ("dora_linear", "dora_linear, joined to act_fn")
     assert_same(outcome(ours), outcome(theirs))
     fastpeft.unpatch(ours)
     assert_same(outcome(ours), outcome(theirs))
@@ -100,3 +103,63 @@ def test_copied_and_moved(library):
     ours = copy.deepcopy(fastpeft.patch(copy.deepcopy(theirs)))
     assert_same(outcome(ours), outcome(theirs))
     assert torch.allclose(ours.double()(IDS).logits, theirs.double()(IDS).logits, atol=1e-12)
+
+
+def test_lora_and_dora_are_never_in_one_group():
+    """q and v with DoRA, k with LoRA, o with neither: q and v are joined, k computes alone."""
+    theirs = model("peft")
+    layer = theirs.base_model.model.model.layers[0].self_attn.k_proj
+    layer.lora_variant.clear()
+    layer.lora_magnitude_vector = torch.nn.ModuleDict()
+    ours = fastpeft.patch(copy.deepcopy(theirs))
+    q, k, v, *_ = (row.fused for row in layers_of(ours))
+    assert q == v == "dora_linear_group of q_proj, v_proj, joined to input_layernorm" and k == "lora_linear"
+    assert_same(outcome(ours), outcome(theirs))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_projections_without_an_adapter_stay_out(library):
+    theirs = model(library)
+    theirs.delete_adapter("default")
+    options = {"r": 4, "use_dora": True, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    theirs.add_adapter("some", LIBRARIES[library].LoraConfig(**options))
+    theirs.set_adapter("some")
+    ours = fastpeft.patch(copy.deepcopy(theirs))
+    rows = [row.fused for row in layers_of(ours) if row.fused]
+    assert rows[:2] == ["dora_linear_group of q_proj, v_proj, joined to input_layernorm"] * 2
+    assert rows[2] == "dora_linear, joined to post_attention_layernorm"
+    assert_same(outcome(ours), outcome(theirs))
+
+
+def test_a_wrong_gradient_of_the_magnitude_is_found_out(monkeypatch):
+    """Groups are compared in the magnitude's gradient too."""
+    right = OPS["auto"].dora_expand_backward
+    monkeypatch.setattr(
+        OPS["auto"], "dora_expand_backward", lambda *a: (*right(*a)[:2], right(*a)[2] * 1.1 if len(a) else None)
+    )
+    rows = layers_of(fastpeft.patch(model("peft")))
+    assert rows and all(row.fused is None and "gradient" in row.reason for row in rows)
+
+
+def test_kept_norms_are_used():
+    """Within DoraCaching a layer of ours computes by itself, from the norm that it keeps."""
+    ours = fastpeft.patch(model("fastpeft"))
+    expected = ours(IDS).logits
+    layer = ours.base_model.model.model.layers[0].mlp.gate_proj
+    with torch.no_grad(), fastpeft.layers.dora.DoraCaching():
+        assert torch.allclose(ours(IDS).logits, expected, atol=1e-5)
+        assert layer.lora_magnitude_vector["default"].known_norm is not None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_under_checkpoints_and_training(p):
+    """The same loss and gradients with gradient checkpointing, masks included."""
+    ours = fastpeft.patch(model("peft", lora_dropout=p)).train()
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+            ours.enable_input_require_grads()
+        torch.manual_seed(0)
+        results.append(outcome(ours))
+    assert_same(*results)

@@ -1,0 +1,232 @@
+"""DoRA's projections of one input, forward and backward, without the input's part: the algebra is in `dora_linear`.
+
+What `dora_linear_group` (the input is kept) and `dora_joined` (the input is made again) have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dora_products as dora_products  # declares the operators
+from . import native, philox
+from .backend import OPS, cpu_extension
+from .lora_linear import rows_of, shaped
+from .weight_norm import weight_norm
+
+# The largest p at which the second base product is made of the first on the CPU.
+GATHER_P = 0.2
+_SMALLEST = 2.0**-100
+
+
+class Plan(NamedTuple):
+    """Everything about a call that is not a tensor."""
+
+    members: int
+    scaling: tuple[float, ...]
+    p: float
+    cast: torch.dtype | None  # autocast's dtype, to which the base is cast in the forward and again in the backward
+    backend: str
+    norms: tuple[Tensor | None, ...]  # those that are known
+
+    def lists(self, tensors: Sequence[Any]) -> list[list[Any]]:
+        """One flat list, cut into the lists of its kinds."""
+        return [list(tensors[i : i + self.members]) for i in range(0, len(tensors), self.members)]
+
+    def gathers(self, x: Tensor) -> bool:
+        """With dropout: whether the second base product is made of the first."""
+        return (
+            self.backend == "auto"
+            and x.device.type == "cpu"
+            and x.dtype is not torch.float64
+            and self.p <= GATHER_P
+            and cpu_extension() is not None
+        )
+
+
+class Watch:
+    """Tells whether an output was written to after it was made: a tensor of no elements that shares its version."""
+
+    def __init__(self, y: Tensor) -> None:
+        self._counter = y.detach()
+        self._counter.data = y.new_empty(0)
+        self._version = self._counter._version
+
+    @property
+    def changed(self) -> bool:
+        return self._counter._version != self._version
+
+
+def gain_of(
+    weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """g - 1 and n, (N,) in fp32 (float64 if an operand is).
+
+    n is as exact as m is, so that m at its start gives g = 1 to the bit. A row of zeros divides by no 0.
+    """
+    norm = weight_norm(weight, A, B, scaling) if norm is None else norm
+    norm = norm.to(magnitude.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
+    return (magnitude.detach().flatten().to(norm.dtype) - norm).div_(norm).clamp_min(_SMALLEST - 1), norm
+
+
+def project(
+    plan: Plan,
+    flat: Tensor,
+    lead: torch.Size,
+    s_all: Tensor,
+    seed: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+    """Of flat (M, K) and s (M, G*r): the outputs (*lead, N_g), and of each what dm is made of and (2, N): g - 1 and n.
+
+    The outputs are tensors that autograd takes neither for views nor for what is kept.
+    """
+    ops, r = OPS[plan.backend], s_all.shape[1] // plan.members
+    outputs, kept, gains = [], [], []
+    for g, (w, b, A, B, m) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes)):
+        gain, norm = gain_of(w, A, B, m, plan.scaling[g], plan.norms[g])
+        if plan.cast is not None:
+            w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
+        s = s_all[:, g * r : g * r + B.shape[1]]
+        if seed is None:
+            y = t = F.linear(flat, w, b)
+            ops.dora_expand_(y, s, B, gain, b)
+        elif plan.gathers(flat):
+            y = F.linear(flat, w)
+            t = ops.dora_drop_(y, flat, w, s, B, gain, b, plan.p, seed, g)
+        else:
+            y, t = F.linear(flat, w), F.linear(ops.dropout(flat, plan.p, seed, g), w)
+            ops.dora_mix_(y, t, s, B, gain, b)
+        outputs.append(shaped(y, lead))
+        kept.append(t)
+        gains.append(torch.stack((gain, norm)))
+    return tuple(outputs), kept, gains
+
+
+def collect(
+    plan: Plan,
+    grads: Sequence[Tensor | None],
+    made: Callable[[], Tensor] | None,
+    s: Tensor | None,
+    seed: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    kept: list[Tensor | None],
+    gains: list[Tensor],
+    changed: list[bool],
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor, list[Any], list[Any]]:
+    """dx (M, K) of the base products alone, ds (M, G*r) before scaling and mask, and of each projection dB and dm.
+
+    made: gives the input (M, K), for an output that does not tell dm; None where nothing is trained. dx is a new
+    tensor, None unless needed. Some gradient is not None.
+    """
+    ops, r = OPS[plan.backend], max(a.shape[0] for a in lora_A)
+    rows = next(rows_of(dy).shape[0] for dy in grads if dy is not None)
+    dx: Tensor | None = None
+    parts = []
+    dB: list[Any] = [None] * plan.members
+    dm = list(dB)
+    for i, (grad, w, b, B, t) in enumerate(zip(grads, weights, biases, lora_B, kept)):
+        if grad is None:
+            parts.append(lora_A[i].new_zeros(rows, r))
+            continue
+        dy, (gain, norm) = rows_of(grad), gains[i]
+        if plan.cast is not None:
+            w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
+        s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
+        g, again = 1 + gain, t is not None and (changed[i] or _hides(seed, gain))
+        if again and made is not None:
+            t = F.linear(made(), w)
+            ops.lora_expand_(t, s_i, B, [t.shape[1]])
+        dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
+        given_bias = b if seed is None and not again else None
+        ds, dB[i], sums = ops.dora_expand_backward(dy, t, given_bias, s_i, B, g, out, dt)
+        if t is not None:
+            dm[i] = sums / (norm if seed is not None or again else g * norm)
+        if dt is not None:
+            dx = _add_input_gradient(plan, dx, dy, dt, w, gain, seed, i)
+        parts.append(F.pad(ds, (0, r - ds.shape[1])) if ds.shape[1] < r else ds)
+    return dx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), dB, dm
+
+
+def split_rows(d_rows: Tensor, lora_A: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Any]:
+    """The dA's out of the stacked one (G*r, K); None for a member whose output was not used."""
+    r = d_rows.shape[0] // len(lora_A)
+    return [None if dy is None else d_rows.narrow(0, i * r, a.shape[0]) for i, (a, dy) in enumerate(zip(lora_A, grads))]
+
+
+def _hides(seed: Tensor | None, gain: Tensor) -> bool:
+    """On the CPU, where asking costs nothing: an output of magnitude 0 does not tell t."""
+    return seed is None and gain.device.type == "cpu" and not torch.compiler.is_compiling() and _any_zero(gain)
+
+
+def _any_zero(gain: Tensor) -> bool:
+    return gain.numel() > 0 and gain.min().item() <= _SMALLEST - 1
+
+
+def _scaled_dy(plan: Plan, dy: Tensor, seed: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the multiple of dy goes that is multiplied with W, and the factors."""
+    dt = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    if seed is None:
+        return dt, 1 + gain
+    return dt, 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
+
+
+def _add_input_gradient(
+    plan: Plan, dx: Tensor | None, dy: Tensor, dt: Tensor, w: Tensor, gain: Tensor, seed: Tensor | None, member: int
+) -> Tensor:
+    """One projection's part of dx, its rim's aside, added to dx where there is one."""
+    ops = OPS[plan.backend]
+    if seed is not None and not plan.gathers(dy):
+        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+        ops.dropout_add_(dx, torch.mm(dt, w), plan.p, seed, member)
+        return dx
+    dx = torch.mm(dt, w) if dx is None else dx.addmm_(dt, w)
+    if seed is not None:
+        ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
+    return dx
+
+
+def formula(
+    x: Tensor,
+    seed: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
+    scaling: Sequence[float],
+    p: float,
+) -> tuple[Tensor, ...]:
+    """The formula in ordinary differentiable PyTorch. seed None: drawn where p asks for it."""
+    outputs = []
+    for g, (w, b, A, B, m, c) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes, scaling)):
+        norm = weight_norm(w, A, B, c)
+        norm = norm.to(m.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
+        gain = (m.flatten().to(norm.dtype) - norm) / norm
+        y = F.linear(x, w, b)
+        z = x
+        if p and native.transformed(x):
+            z = F.dropout(x, p)  # a sharded or batched x has masks of its own kind
+        elif p:
+            seed = philox.draw_seed(x.device) if seed is None else seed
+            mask = philox.keep_mask(seed, g, x.shape[:-1].numel(), x.shape[-1], p).view(x.shape)
+            z = x * (mask * philox.keep_scale(p)).to(x.dtype)
+        rim = F.linear(F.linear(z.to(A.dtype), A), B) * c
+        if z is x:
+            v = y + rim
+            outputs.append((v + gain * (v if b is None else v - b)).to(y.dtype))
+        else:
+            outputs.append((y + rim + gain * (F.linear(z, w) + rim)).to(y.dtype))
+    return tuple(outputs)
