@@ -168,7 +168,8 @@ def _second_order(
 ) -> tuple[Tensor | None, ...]:
     """The gradients as a graph: the forward again in ordinary operators, differentiated."""
     n = producer.native(inputs)
-    outputs = (n, *formula(n, seed, *lists, plan.scaling, plan.p))
+    weights, biases, lora_A, lora_B, magnitudes = lists
+    outputs = (n, *formula(n, seed, weights, biases, lora_A, lora_B, magnitudes, plan.scaling, plan.p))
     used = [(y, g) for y, g in zip(outputs, grads) if g is not None and y.requires_grad]
     tensors = [*inputs, *(t for part in lists for t in part)]
     wanted = [t for t, need in zip(tensors, needs) if need and t is not None]

@@ -134,8 +134,8 @@ class Group:
             return None
         *lists, block, block_bias, magnitudes = gathered
         if magnitudes is not None:
-            *tensors, scaling, p = lists
-            return self._probed(dora_linear_group(x, *tensors, magnitudes, scaling, p))
+            weights, biases, A, B, scaling, p = lists
+            return self._probed(dora_linear_group(x, weights, biases, A, B, magnitudes, scaling, p))
         outs = lora_linear_group(x, *lists, stacked_weight=block, stacked_bias=block_bias, form=self.form)
         return self._probed(outs)
 
