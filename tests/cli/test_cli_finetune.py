@@ -153,7 +153,13 @@ def test_a_run_killed_after_its_last_step_is_completed(run: Callable, fastpeft_c
 WITHOUT_PEFT = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] == "peft" else find(name, *rest))
+
+
+def without_peft(name, *rest, **more):
+    return None if name.split(".")[0] == "peft" else find(name, *rest, **more)
+
+
+PathFinder.find_spec = staticmethod(without_peft)
 from fastpeft.cli.app import main
 main()
 """
