@@ -287,13 +287,13 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
             rotation = recognise(call, known)
             if rotation is not None:
                 rotations.setdefault(call.name, rotation)
-        kind = f"rotary embedding, {type(module).__name__}"
+        kind = "RoPE"
         if not rotations:
             what = ", ".join(dict.fromkeys(call.name for call in of_module))
             rows[module] = Row(names[module], kind, reason=f"no fused form for what {what} computes")
             continue
         done[module] = RopeForward(module, rotations)
-        rows[module] = Row(names[module], kind, "rope", "the module's own code, with one operator for the rotation")
+        rows[module] = Row(names[module], kind, "rope", "one operator call in its own code")
     for module, forward in done.items():
         module.__dict__["forward"] = forward
     reason = _check(target, args, kwargs, before, done) if done and verify else None
@@ -305,7 +305,7 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
     sources = {type(module).forward for module in done}
     for module in functions:
         if _replaced(module) and module not in done and type(module).forward in sources:
-            kind = f"rotary embedding, {type(module).__name__}"
+            kind = "RoPE"
             rows[module] = Row(names[module], kind, reason="other code has replaced its forward")
     return list(rows.values())
 
@@ -321,9 +321,14 @@ def recognise(call: Call, known: dict[Any, Rotation | None]) -> Rotation | None:
         for form in _forms(call):
             rotation = Rotation(form)
             table = values[form.places[2]]
-            kind = (mode_of(x), table.dtype, x.shape[-1], table.shape[-1], x.device)
-            if _is_result(rotation, call) and rotation.tried(call.function, *kind):
-                rotation.kinds[kind] = True
+            here, sizes = mode_of(x), (x.shape[-1], table.shape[-1], x.device)
+            # Patched under autocast: what counts is whether the function can be replaced outside it, or within.
+            modes = [here] if here[1] is None else [here, (table.dtype, None)]
+            if not _is_result(rotation, call):
+                continue
+            for mode in modes:
+                rotation.kinds[(mode, table.dtype, *sizes)] = rotation.tried(call.function, mode, table.dtype, *sizes)
+            if any(rotation.kinds.values()):
                 known[key] = rotation
                 break
     return known[key]

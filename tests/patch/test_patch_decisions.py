@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,7 @@ from fastpeft import patch, report
 from fastpeft.patch import apply as apply_module
 from fastpeft.patch import forwards as forwards_module
 from fastpeft.patch import group as group_module
-from fastpeft.patch.tolerance import distance
+from fastpeft.patch.tolerance import FACTOR, distance
 
 
 def q_proj(model: Any, layer: int = 0) -> Any:
@@ -114,11 +115,20 @@ def test_left_as_it_is_with_the_reason(change: Callable[[Any], None]) -> None:
 def test_kinds_of_adapters_that_are_left(options: dict[str, Any], reason: str) -> None:
     with pytest.warns(UserWarning) if "lora_bias" in options else _nothing():
         model = lora_llama(**options)
-    before = run(model)
+    before, exact = run(model), run(copy.deepcopy(model).double())
     patch(model)
     rows = adapters(model)
     assert rows and all(row.fused is None and reason in row.reason for row in rows)
-    assert_same(run(model), before)
+    # With lora_bias eager's own q_proj gradient is 6e-6 from float64, and ours 5e-6: 1.0e-5 apart.
+    assert_as_exact(run(model), before, exact)
+
+
+def assert_as_exact(ours: Any, theirs: Any, exact: Any) -> None:
+    """Logits and every gradient err against float64 at most twice as much as the original's."""
+    assert ours[1].keys() == theirs[1].keys() == exact[1].keys()
+    triples = [(ours[0], theirs[0], exact[0]), *((ours[1][n], theirs[1][n], t) for n, t in exact[1].items())]
+    for mine, other, true in triples:
+        assert distance(mine, true) <= FACTOR * distance(other, true)
 
 
 class _nothing:

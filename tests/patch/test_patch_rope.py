@@ -87,7 +87,7 @@ def turned(model: nn.Module) -> dict[nn.Module, RopeForward]:
 
 
 def rope_rows(model: nn.Module) -> list[Any]:
-    return [row for row in report(model).rows if row.kind.startswith("rotary")]
+    return [row for row in report(model).rows if row.kind == "RoPE"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -203,6 +203,16 @@ def test_autocast_keeps_its_dtypes(calls: list[Any]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         run(model)
     assert all(shape[2] == rope_module._TOKENS for shape in calls)  # trials only
+
+
+def test_patched_under_autocast_and_used_without(calls: list[Any]) -> None:
+    model = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        patch(model)
+    assert [row.fused for row in rope_rows(model)] == ["rope"] * 2
+    calls.clear()
+    run(model)
+    assert len(calls) == 2
 
 
 def test_what_other_code_does_to_the_function_counts(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
