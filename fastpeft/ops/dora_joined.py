@@ -20,9 +20,10 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import exact, route
-from .dora_projections import Plan, Watch, collect, formula, project, split_rows
+from .dora_projections import Plan, collect, formula, hand_out, project, promised, recall, split_rows, watch
 from .lora_linear import check, rows_of, shaped
 from .projections import flat_inputs, stack_rows
+from .promise import Promise
 
 if TYPE_CHECKING:
     from .joined import Producer
@@ -38,11 +39,12 @@ def dora_joined(
     magnitudes: Sequence[Tensor],
     scaling: Sequence[float],
     dropout_p: float = 0.0,
+    told: Sequence[bool] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """n (..., K) and the outputs (..., N_g) of its projections; lists as in `dora_linear_group`.
 
     Base weights are frozen, or differentiated natively. All must be of one dtype, adapters and magnitudes excepted;
-    autocast is not looked at.
+    autocast is not looked at. told: as in `dora_linear_group`.
 
     Raises ValueError on shapes that do not fit.
     """
@@ -57,16 +59,24 @@ def dora_joined(
     device, members = weights[0].device, len(weights)
     plan = Plan(members, tuple(map(float, scaling)), float(dropout_p), None, route(device), (None,) * members)
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) else None
-    n, *outputs = _DoraJoined.apply(producer, plan, len(inputs), seed, *inputs, *tensors)
+    promises = promised(told, magnitudes, plan.p)
+    n, *outputs = _DoraJoined.apply(producer, plan, promises, len(inputs), seed, *inputs, *tensors)
+    hand_out(outputs, promises)
     return n, tuple(outputs)
 
 
 class _DoraJoined(torch.autograd.Function):
-    """(n, y_1, …) from (producer, plan, how many inputs, seed, inputs, weights, biases, A's, B's, magnitudes)."""
+    """(n, y_1, …) from (producer, plan, promises, how many inputs, seed, inputs, weights, biases, A's, B's, m's)."""
 
     @staticmethod
     def forward(
-        ctx: Any, producer: Producer, plan: Plan, count: int, seed: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        producer: Producer,
+        plan: Plan,
+        promises: list[Promise | None],
+        count: int,
+        seed: Tensor | None,
+        *tensors: Tensor | None,
     ) -> Any:
         inputs, rest = tensors[:count], tensors[count:]
         weights, biases, lora_A, lora_B, magnitudes = plan.lists(rest)
@@ -77,11 +87,9 @@ class _DoraJoined(torch.autograd.Function):
             outputs, kept, gains = project(plan, n, lead, s, seed, weights, biases, lora_A, lora_B, magnitudes)
         # s is kept for dB and y for dm: frozen adapters need neither.
         trainable = any(t.requires_grad for t in (*lora_A, *lora_B, *magnitudes))
-        wanted = [t if m.requires_grad else None for t, m in zip(kept, magnitudes)]
-        ctx.watched = None
-        if seed is None and any(m.requires_grad for m in magnitudes) and not torch.compiler.is_compiling():
-            ctx.watched = [Watch(y) for y in outputs]
-        ctx.producer, ctx.plan, ctx.count, ctx.extras = producer, plan, count, len(extras)
+        wanted = [t if m.requires_grad and p is None else None for t, m, p in zip(kept, magnitudes, promises)]
+        ctx.watched = watch(outputs, magnitudes, seed)
+        ctx.producer, ctx.plan, ctx.promises, ctx.count, ctx.extras = producer, plan, promises, count, len(extras)
         ctx.save_for_backward(s if trainable else None, seed, *inputs, *extras, *rest, *wanted, *gains)
         ctx.set_materialize_grads(False)
         return (n if len(lead) == 1 else shaped(n, lead), *outputs)
@@ -94,19 +102,19 @@ class _DoraJoined(torch.autograd.Function):
         s, seed, *saved = ctx.saved_tensors
         inputs, saved = saved[: ctx.count], saved[ctx.count :]
         extras, lists = saved[: ctx.extras], plan.lists(saved[ctx.extras :])
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return (None,) * 4 + _second_order(ctx.producer, plan, seed, inputs, lists[:5], needs, (dn, *grads))
-        changed = [watch.changed for watch in ctx.watched] if ctx.watched else [False] * plan.members
+            return (None,) * 5 + _second_order(ctx.producer, plan, seed, inputs, lists[:5], needs, (dn, *grads))
+        again = recall(lists[5], ctx.promises, ctx.watched)
         with exact(lists[0][0].device):
             d_inputs, dA, dB, dm = _backward(
-                ctx.producer, plan, dn, grads, s, seed, inputs, extras, lists, changed, needs[: ctx.count]
+                ctx.producer, plan, dn, grads, s, seed, inputs, extras, lists, again, needs[: ctx.count]
             )
         _, need_bias, *_ = plan.lists(needs[ctx.count :])
         d_bias = [dy.flatten(0, -2).sum(0) if need and dy is not None else None for dy, need in zip(grads, need_bias)]
         d_magnitude = [None if d is None else d.to(m.dtype).view(m.shape) for d, m in zip(dm, lists[4])]
         found = [*d_inputs, *[None] * plan.members, *d_bias, *dA, *dB, *d_magnitude]
-        return (None,) * 4 + tuple(d if need else None for d, need in zip(found, needs))
+        return (None,) * 5 + tuple(d if need else None for d, need in zip(found, needs))
 
 
 def _backward(
@@ -119,14 +127,14 @@ def _backward(
     inputs: Sequence[Tensor | None],
     extras: Sequence[Tensor],
     lists: list[list[Any]],
-    changed: list[bool],
+    again: list[bool],
     needs: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Any], list[Any], list[Any]]:
     """The gradients of the producer's inputs, and of each projection dA, dB and dm."""
     weights, biases, lora_A, lora_B, _, kept, gains = lists
     flat = flat_inputs(inputs)
 
-    def again() -> Tensor:
+    def made() -> Tensor:
         return producer.again(plan.backend, flat, extras)
 
     total: Tensor | None = None
@@ -134,9 +142,9 @@ def _backward(
     dA: list[Any] = [None] * plan.members
     dB, dm = list(dA), list(dA)
     if any(dy is not None for dy in grads):
-        made = None if s is None else again
+        product = None if s is None else made
         total, ds, dB, dm = collect(
-            plan, grads, made, s, seed, weights, biases, lora_A, lora_B, kept, gains, changed, any(needs)
+            plan, grads, product, s, seed, weights, biases, lora_A, lora_B, kept, gains, again, any(needs)
         )
     if dn is not None and any(needs):
         outside = rows_of(dn)
@@ -145,7 +153,7 @@ def _backward(
     if ds is not None and (s is not None or total is not None):
         A = stack_rows(lora_A)
         if total is None:
-            d_rows = steps.shrink_backward(plan.backend, ds, again(), A, plan.scaling, plan.p, seed, None)
+            d_rows = steps.shrink_backward(plan.backend, ds, made(), A, plan.scaling, plan.p, seed, None)
         else:
             d_inputs, d_rows = producer.backward_rim(
                 plan.backend, total, ds, flat, extras, A, plan.scaling, plan.p, seed, needs

@@ -42,9 +42,10 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import autocast_enabled, exact, route
-from .dora_projections import Plan, Watch, collect, formula, project, split_rows
+from .dora_projections import Plan, collect, formula, hand_out, project, promised, recall, split_rows, watch
 from .lora_linear import check, rows_of
 from .projections import stack_rows
+from .promise import Promise
 
 
 def dora_linear(
@@ -83,11 +84,13 @@ def dora_linear_group(
     dropout_p: float = 0.0,
     *,
     norms: Sequence[Tensor] | None = None,
+    told: Sequence[bool] = (),
 ) -> tuple[Tensor, ...]:
     """The outputs of several projections of one input, each with a DoRA adapter of its own.
 
     Lists have one entry a projection, shapes as in `dora_linear`; ranks may differ. Each draws its own dropout mask.
-    norms: where they are known.
+    norms: where they are known. told: without dropout, outputs that are not kept for the gradient of m, since `rope`
+    will rotate them and tell them in the backward (`promise`).
 
     Raises ValueError on lists or shapes that do not fit.
     """
@@ -112,24 +115,32 @@ def dora_linear_group(
     if not torch.is_grad_enabled():
         with exact(device):
             return _forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))[1]
-    return _DoraLinear.apply(plan, x, seed, *weights, *biases, *lora_A, *lora_B, *magnitudes)
+    promises = promised(told, magnitudes, plan.p)
+    outputs = _DoraLinear.apply(plan, promises, x, seed, *weights, *biases, *lora_A, *lora_B, *magnitudes)
+    hand_out(outputs, promises)
+    return outputs
 
 
 class _DoraLinear(torch.autograd.Function):
-    """Outputs of all projections from (plan, x, seed, weights, biases, A's, B's, magnitudes)."""
+    """Outputs of all projections from (plan, promises, x, seed, weights, biases, A's, B's, magnitudes)."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: Tensor, seed: Tensor | None, *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        promises: list[Promise | None],
+        x: Tensor,
+        seed: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Any:
         weights, biases, lora_A, lora_B, magnitudes = plan.lists(tensors)
         trainable = any(t.requires_grad for t in (*lora_A, *lora_B, *magnitudes))
         with exact(x.device):
             s, outputs, kept, gains = _forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))
         # x is kept for dA, s for dB and y for dm: frozen adapters need none.
-        wanted = [t if m.requires_grad else None for t, m in zip(kept, magnitudes)]
-        ctx.plan, ctx.x_shape = plan, x.shape
-        ctx.watched = None
-        if seed is None and any(ctx.needs_input_grad[-plan.members :]) and not torch.compiler.is_compiling():
-            ctx.watched = [Watch(y) for y in outputs]
+        wanted = [t if m.requires_grad and p is None else None for t, m, p in zip(kept, magnitudes, promises)]
+        ctx.plan, ctx.promises, ctx.x_shape = plan, promises, x.shape
+        ctx.watched = watch(outputs, magnitudes, seed)
         ctx.save_for_backward(*((x, s) if trainable else (None, None)), seed, *tensors, *wanted, *gains)
         ctx.set_materialize_grads(False)
         return outputs
@@ -144,18 +155,18 @@ class _DoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             inputs = [x, *weights, *biases, *lora_A, *lora_B, *magnitudes]
-            return _graph(plan, inputs, ctx.x_shape, seed, grads, [needs[1], *needs[3:]])
+            return _graph(plan, inputs, ctx.x_shape, seed, grads, [needs[2], *needs[4:]])
         with exact(next(dy for dy in grads if dy is not None).device):
-            changed = [watch.changed for watch in ctx.watched] if ctx.watched else [False] * plan.members
+            again = recall(kept, ctx.promises, ctx.watched)
             lists = [weights, biases, lora_A, lora_B, magnitudes, kept, gains]
-            dx, dA, dB, dm = _backward(plan, grads, x, s, seed, lists, changed, needs[1], ctx.x_shape)
+            dx, dA, dB, dm = _backward(plan, grads, x, s, seed, lists, again, needs[2], ctx.x_shape)
         d_bias = [
             dy.flatten(0, -2).sum(0) if need and dy is not None else None
-            for dy, need in zip(grads, needs[3 + plan.members :])
+            for dy, need in zip(grads, needs[4 + plan.members :])
         ]
         found = [None] * plan.members + d_bias + dA + dB
         found += [None if d is None else d.to(m.dtype).view(m.shape) for d, m in zip(dm, magnitudes)]
-        return (None, dx, None, *(d if need else None for d, need in zip(found, needs[3:])))
+        return (None, None, dx, None, *(d if need else None for d, need in zip(found, needs[4:])))
 
 
 def _forward(
@@ -174,14 +185,14 @@ def _backward(
     s: Tensor | None,
     seed: Tensor | None,
     lists: list[list[Any]],
-    changed: list[bool],
+    again: list[bool],
     need_dx: bool,
     shape: torch.Size,
 ) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
     """dx, and of each projection dA, dB and dm."""
     weights, biases, lora_A, lora_B, _, kept, gains = lists
     made = None if x is None else lambda: rows_of(x)
-    dx, ds, dB, dm = collect(plan, grads, made, s, seed, weights, biases, lora_A, lora_B, kept, gains, changed, need_dx)
+    dx, ds, dB, dm = collect(plan, grads, made, s, seed, weights, biases, lora_A, lora_B, kept, gains, again, need_dx)
     dA: list[Any] = [None] * plan.members
     known = dx if x is None else rows_of(x)  # with x None, dA is formed of dx and not used
     if known is not None:
@@ -220,4 +231,4 @@ def _graph(
                 )
             )
     each = [next(found) if need else None for need in needs]
-    return (None, each[0], None, *each[1:])
+    return (None, None, each[0], None, *each[1:])

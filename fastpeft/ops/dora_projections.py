@@ -16,6 +16,7 @@ from . import dora_products as dora_products  # declares the operators
 from . import native, philox
 from .backend import OPS, cpu_extension
 from .lora_linear import rows_of, shaped
+from .promise import Promise, Watch
 from .weight_norm import weight_norm
 
 # The largest p at which the second base product is made of the first on the CPU.
@@ -48,17 +49,41 @@ class Plan(NamedTuple):
         )
 
 
-class Watch:
-    """Tells whether an output was written to after it was made: a tensor of no elements that shares its version."""
+def promised(told: Sequence[bool], magnitudes: Sequence[Tensor], p: float) -> list[Promise | None]:
+    """A promise for each output that need not be kept because its reader tells it.
 
-    def __init__(self, y: Tensor) -> None:
-        self._counter = y.detach()
-        self._counter.data = y.new_empty(0)
-        self._version = self._counter._version
+    None with dropout, when it is t that is kept, which no reader knows, and none of a frozen magnitude's, which is not
+    kept anyway.
+    """
+    usable = not p and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    asked = told or (False,) * len(magnitudes)
+    return [Promise() if usable and t and m.requires_grad else None for t, m in zip(asked, magnitudes)]
 
-    @property
-    def changed(self) -> bool:
-        return self._counter._version != self._version
+
+def hand_out(outputs: Sequence[Tensor], promises: Sequence[Promise | None]) -> None:
+    """Each promise goes with its output."""
+    for y, promise in zip(outputs, promises):
+        if promise is not None:
+            promise.of(y)
+
+
+def watch(outputs: Sequence[Tensor], magnitudes: Sequence[Tensor], seed: Tensor | None) -> list[Watch | None]:
+    """What notices that an output from which dm is to be made was changed."""
+    if seed is not None or torch.compiler.is_compiling():
+        return [None] * len(outputs)
+    return [Watch(y) if m.requires_grad else None for y, m in zip(outputs, magnitudes)]
+
+
+def recall(
+    kept: list[Tensor | None], promises: Sequence[Promise | None], watched: Sequence[Watch | None]
+) -> list[bool]:
+    """Puts the outputs that were promised in their places in `kept`; for each, whether it must be computed again."""
+    again = [w is not None and w.changed for w in watched]
+    for i, promise in enumerate(promises):
+        if promise is not None:
+            kept[i] = promise.redeem()
+            again[i] = again[i] or kept[i] is None
+    return again
 
 
 def gain_of(
@@ -123,13 +148,13 @@ def collect(
     lora_B: list[Tensor],
     kept: list[Tensor | None],
     gains: list[Tensor],
-    changed: list[bool],
+    again: list[bool],
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, list[Any], list[Any]]:
     """dx (M, K) of the base products alone, ds (M, G*r) before scaling and mask, and of each projection dB and dm.
 
-    made: gives the input (M, K), for an output that does not tell dm; None where nothing is trained. dx is a new
-    tensor, None unless needed. Some gradient is not None.
+    made: gives the input (M, K), for an output that does not tell dm; None where nothing is trained. again: that output
+    is gone, or is not what it was. dx is a new tensor, None unless needed. Some gradient is not None.
     """
     ops, r = OPS[plan.backend], max(a.shape[0] for a in lora_A)
     rows = next(rows_of(dy).shape[0] for dy in grads if dy is not None)
@@ -145,15 +170,16 @@ def collect(
         if plan.cast is not None:
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
-        g, again = 1 + gain, t is not None and (changed[i] or _hides(seed, gain))
-        if again and made is not None:
+        g, anew = 1 + gain, again[i] or (t is not None and _hides(seed, gain))
+        if anew and made is not None:
             t = F.linear(made(), w)
             ops.lora_expand_(t, s_i, B, [t.shape[1]])
         dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
-        given_bias = b if seed is None and not again else None
+        given_bias = b if seed is None and not anew else None
+        t = None if t is None else rows_of(t)
         ds, dB[i], sums = ops.dora_expand_backward(dy, t, given_bias, s_i, B, g, out, dt)
         if t is not None:
-            dm[i] = sums / (norm if seed is not None or again else g * norm)
+            dm[i] = sums / (norm if seed is not None or anew else g * norm)
         if dt is not None:
             dx = _add_input_gradient(plan, dx, dy, dt, w, gain, seed, i)
         parts.append(F.pad(ds, (0, r - ds.shape[1])) if ds.shape[1] < r else ds)

@@ -79,14 +79,17 @@ def joined(
     stacked_weight: Tensor | None = None,
     stacked_bias: Tensor | None = None,
     magnitudes: Sequence[Tensor] | None = None,
+    told: Sequence[bool] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """n (..., K) and the outputs (..., N_g) of its projections; lists as in `lora_linear_group`.
 
-    magnitudes: the adapters are DoRA, one on every projection; each base weight is then a product of its own.
+    magnitudes: the adapters are DoRA, one on every projection; each base weight is then a product of its own. told:
+    as in `dora_linear_group`.
     Base weights may be frozen or trained. All must be of one dtype, adapters excepted; autocast is not looked at.
     """
     if magnitudes is not None:
-        return dora_joined(producer, inputs, weights, biases, *_adapted(lora_A, lora_B), magnitudes, scaling, dropout_p)
+        A, B = _adapted(lora_A, lora_B)
+        return dora_joined(producer, inputs, weights, biases, A, B, magnitudes, scaling, dropout_p, told)
     for i, (w, a, b) in enumerate(zip(weights, lora_A, lora_B)):
         if a is not None and b is not None:
             check(w, w, a, b, dropout_p, f"projection {i}")

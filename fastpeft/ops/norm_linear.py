@@ -152,12 +152,13 @@ def norm_linear(
     stacked_weight: Tensor | None = None,
     stacked_bias: Tensor | None = None,
     magnitudes: Sequence[Tensor] | None = None,
+    told: Sequence[bool] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(n, outputs): the norm of x (..., K) and what its projections make of it, each (..., N_g).
 
     parameters: the norm's own, (weight,) or (weight, bias), each (K,) or None. The lists are those of
     `lora_linear_group`; base weights may be trained or frozen, and must have n's dtype. Autocast is not looked at.
-    magnitudes: of DoRA adapters, which every projection then has (`dora_joined`).
+    magnitudes: of DoRA adapters, which every projection then has (`dora_joined`). told: as in `dora_linear_group`.
 
     Raises ValueError on shapes that do not fit.
     """
@@ -175,6 +176,7 @@ def norm_linear(
         stacked_weight=stacked_weight,
         stacked_bias=stacked_bias,
         magnitudes=magnitudes,
+        told=told,
     )
 
 

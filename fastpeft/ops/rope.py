@@ -9,10 +9,19 @@ on the first R columns of each head; the other D - R pass through. The two of a 
 
 Arithmetic is in fp32 (float64 if an operand is) and rounded once; eager code in 16 bit rounds three times. q and k are
 done in one pass. Only cos and sin are kept.
+
+Where the projection that made x is to be told x in the backward (`promise`), y is kept too, which attention keeps
+anyway, and x is had from it by the inverse, for the pair of columns 1 and 2 with d = cos_1 cos_2 + sin_1 sin_2
+
+    x_1 = (cos_2 y_1 + sin_1 y_2) / d       x_2 = (cos_1 y_2 - sin_2 y_1) / d
+
+which is the transposed map with the tables of the pair's other column, over d. So a table that was rounded or scaled
+(YaRN's) is undone exactly, and x comes back with y's relative error: one more rounding of the pair's size, and its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +30,7 @@ from torch import Tensor
 from . import native
 from .backend import OPS, define, exact, route
 from .products import _accumulator
+from .promise import Promise, Watch, take, unshared
 
 
 def rope(
@@ -41,9 +51,11 @@ def rope(
     backend = route(q.device)
     if not torch.is_grad_enabled() or not (q.requires_grad or (k is not None and k.requires_grad)):
         return OPS[backend].rope(q, k, cos, sin, interleaved, pairs, False)
-    if k is None:
-        return _Rope.apply(q, None, cos, sin, interleaved, pairs, backend)[0], None
-    return _Rope.apply(q, k, cos, sin, interleaved, pairs, backend)
+    promises: list[Promise | None] = [None, None]
+    if not torch.compiler.is_compiling():
+        promises = [take(q), None if k is None else take(k)]
+    rotated = _Rope.apply(q, k, cos, sin, interleaved, pairs, backend, promises)
+    return rotated if k is not None else (rotated[0], None)
 
 
 class _Rope(torch.autograd.Function):
@@ -57,27 +69,70 @@ class _Rope(torch.autograd.Function):
         interleaved: bool,
         pairs: bool,
         backend: str,
+        promises: list[Promise | None],
     ) -> Any:
-        ctx.save_for_backward(cos, sin)
-        ctx.call = interleaved, pairs, backend
-        ctx.set_materialize_grads(False)
         rotated = OPS[backend].rope(q, k, cos, sin, interleaved, pairs, False)
-        return rotated if k is not None else rotated[:1]
+        kept = [y if promise is not None else None for y, promise in zip(rotated, promises)]
+        outputs = [y if keep is None else unshared(y) for y, keep in zip(rotated, kept)]
+        ctx.watched = [None if keep is None else Watch(y) for y, keep in zip(outputs, kept)]
+        ctx.save_for_backward(cos, sin, *kept)
+        ctx.call, ctx.promises = (interleaved, pairs, backend), promises
+        ctx.set_materialize_grads(False)
+        return tuple(outputs if k is not None else outputs[:1])
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> Any:
-        cos, sin = ctx.saved_tensors
+        cos, sin, *kept = ctx.saved_tensors
         interleaved, pairs, backend = ctx.call
         # Where only k's result was used, it takes q's place.
         first, second = (dk, None) if dq is None else (dq, dk)
         if first is None:
-            return (None,) * 7
+            return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             with exact(first.device):
                 back = [None if t is None else rotate(t, cos, sin, interleaved, pairs, True) for t in (first, second)]
         else:
+            _tell(kept, ctx.promises, ctx.watched, cos, sin, *ctx.call)
             back = OPS[backend].rope(first, second, cos, sin, interleaved, pairs, True)
-        return *(back if dq is not None else (None, back[0])), None, None, None, None, None
+        return *(back if dq is not None else (None, back[0])), None, None, None, None, None, None
+
+
+def _tell(
+    kept: Sequence[Tensor | None],
+    promises: Sequence[Promise | None],
+    watched: Sequence[Watch | None],
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    pairs: bool,
+    backend: str,
+) -> None:
+    """Fills the promises of those whose rotated form is as it was."""
+    known = [
+        (y, promise)
+        for y, promise, watch in zip(kept, promises, watched)
+        if y is not None and promise is not None and watch is not None and not watch.changed
+    ]
+    if known:
+        first, second = [y for y, _ in known] if len(known) == 2 else (known[0][0], None)
+        tables = inverse_tables(cos, sin, interleaved, pairs)
+        for x, (_, promise) in zip(OPS[backend].rope(first, second, *tables, interleaved, pairs, True), known):
+            promise.fill(x)
+
+
+def inverse_tables(cos: Tensor, sin: Tensor, interleaved: bool, pairs: bool) -> tuple[Tensor, Tensor]:
+    """Those with which the transposed map undoes the rotation. Where cos and sin are both 0, so is what they give."""
+    acc = _accumulator(cos, sin)
+    cos, sin = cos.to(acc), sin.to(acc)
+    other_cos, other_sin = (cos, sin) if pairs else (_other(cos, interleaved), _other(sin, interleaved))
+    d = cos * other_cos + sin * other_sin
+    d = torch.where(d == 0, 1.0, d)
+    return other_cos / d, other_sin / d
+
+
+def _other(t: Tensor, interleaved: bool) -> Tensor:
+    """Each column's partner in its pair."""
+    return t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else t.roll(t.shape[-1] // 2, -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, pairs: bool, inverse: bool) -> Tensor:

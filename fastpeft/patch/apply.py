@@ -201,9 +201,10 @@ def _patch(root: nn.Module, example_inputs: Any, options: Options) -> Report:
         return Report([], True)
     patching = _Patching(root, plan, options)
     patching.apply()
-    if patching.groups and seen is not None and options.verify:
+    # Without verification too: DoRA's groups see which of their outputs are rotated.
+    if patching.groups and seen is not None and (options.verify or any(c.dora for c in candidates)):
         reason = _check_model(seen, patching)
-        if reason is not None:
+        if reason is not None and options.verify:
             plan.note = f"no groups: {reason}"
             patching.ungroup()
     return Report(patching.report_rows(), True, plan.note)
@@ -363,15 +364,20 @@ def _check_model(seen: Any, patching: _Patching) -> str | None:
     The outputs are given the strides of column blocks, which is what one product of stacked weights returns.
     """
     observation, (target, args, kwargs) = seen
+    turned = rotations.of(patching.root)
     for group in patching.groups:
         group.probing = True
+    for rotation in turned:
+        rotation.probing = True
     try:
         again = run_quietly(target, args, kwargs)
     except Exception as error:
         return f"the patched model's forward fails with {type(error).__name__}: {error}"
     finally:
         for group in patching.groups:
-            group.probing = False
+            group.end_probing()
+        for rotation in turned:
+            rotation.probing = False
     return _differ(observation.result, again)
 
 

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from ..ops import dora_linear_group, lora_linear_group
 from ..ops.lora_linear import NATIVE_ELEMENTS
+from ..ops.promise import Promise
 from .forwards import TENSORS, LoraForward, PlainForward, fits
 from .stacking import Stack
 
 # On a GPU a product of this many rows or fewer costs its launch, and what it keeps alive is small.
 FEW_ROWS = 256
 
-# The members' weights, biases, A's, B's, scalings and dropout probability, then the stacked weight and bias, and the
-# magnitudes where the adapters are DoRA.
+# The members' weights, biases, A's, B's, scalings and dropout probability, then the stacked weight and bias, and where
+# the adapters are DoRA the magnitudes, and which outputs a rotary embedding will tell in the backward (`ops.promise`).
 Gathered = tuple[Any, ...]
 
 
@@ -52,8 +53,9 @@ class Group:
 
     one_product: "never", "always", or "free": then the base weights, stacked, are one product where that keeps no
     additional activation for the backward, and a product each elsewhere. probing: `patch` tries the group in the model;
-    small inputs are not left to the members, and outputs have the strides that one product gives them. between: the
-    modules around members and producer within the module that contains all of them.
+    small inputs are not left to the members, and outputs have the strides that one product gives them. told: DoRA's
+    outputs that rotary embeddings were seen to take at that. between: the modules around members and producer within
+    the module that contains all of them.
     """
 
     __slots__ = (
@@ -68,7 +70,9 @@ class Group:
         "one_product",
         "owner",
         "probing",
+        "seen",
         "stack",
+        "told",
     )
 
     def __init__(
@@ -83,6 +87,7 @@ class Group:
         self._homes = tuple(homes)
         self.form = "auto"
         self.one_product = "never"
+        self.told: tuple[bool, ...] = ()
         self.stack: Stack | None = None
         self.bias_stack: Stack | None = None
         self._begin()
@@ -93,6 +98,7 @@ class Group:
         self.owner: int | None = None
         self.entry: Entry | None = None
         self.probing = False
+        self.seen: list[tuple[Tensor, ...]] = []  # the outputs of each call while probing
         self._hooks: tuple[dict[int, Any], ...] | None = None
 
     def close(self) -> None:
@@ -132,10 +138,10 @@ class Group:
         gathered = self.gather(x, x)
         if gathered is None or gathered[2].count(None) == len(gathered[2]):
             return None
-        *lists, block, block_bias, magnitudes = gathered
+        *lists, block, block_bias, magnitudes, told = gathered
         if magnitudes is not None:
             weights, biases, A, B, scaling, p = lists
-            return self._probed(dora_linear_group(x, weights, biases, A, B, magnitudes, scaling, p))
+            return self._probed(dora_linear_group(x, weights, biases, A, B, magnitudes, scaling, p, told=told))
         outs = lora_linear_group(x, *lists, stacked_weight=block, stacked_bias=block_bias, form=self.form)
         return self._probed(outs)
 
@@ -196,9 +202,12 @@ class Group:
         if given and (given < len(magnitudes) or any(w.requires_grad for w in weights)):
             return None  # DoRA is for adapters on every member, over frozen weights
         blocks = (None, None) if given else self._blocks(like, weights, biases)
-        return (weights, biases, A, B, scaling, p, *blocks, magnitudes if given else None)
+        told = (True,) * given if self.probing else self.told
+        return (weights, biases, A, B, scaling, p, *blocks, magnitudes if given else None, told)
 
     def _probed(self, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.probing:
+            self.seen.append(outs)
         return tuple(_as_column_block(out) for out in outs) if self.probing and self.stack else outs
 
     def _blocks(
@@ -224,6 +233,12 @@ class Group:
             return not torch.is_grad_enabled() or (x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1])
         return self.one_product == "always"
 
+    def end_probing(self) -> None:
+        """From now on outputs that a rotary embedding took at every call are not kept."""
+        self.probing = False
+        self.told = tuple(all(map(Promise.taken_from, outs)) for outs in zip(*self.seen))
+        self.seen = []
+
     def _drops(self) -> bool:
         """Dropout is on; all members have the same."""
         for member in self.members:
@@ -233,10 +248,12 @@ class Group:
         return False
 
     def __getstate__(self) -> Any:
-        return (self.members, self._homes, self.between, self.form, self.one_product, self.stack, self.bias_stack)
+        stacks = self.stack, self.bias_stack
+        return (self.members, self._homes, self.between, self.form, self.one_product, self.told, *stacks)
 
     def __setstate__(self, state: Any) -> None:
-        self.members, self._homes, self.between, self.form, self.one_product, self.stack, self.bias_stack = state
+        self.members, self._homes, self.between, self.form, self.one_product, self.told, *stacks = state
+        self.stack, self.bias_stack = stacks
         self._begin()
 
     def _members_hooks(self) -> tuple[dict[int, Any], ...]:

@@ -83,9 +83,9 @@ class NormForward(ProducerForward):
             norm = kind(spec.eps, spec.offset, out)
 
             def compute(gathered: Gathered) -> tuple[Tensor, tuple[Tensor, ...]]:
-                *lists, block, block_bias, m = gathered
+                *lists, block, block_bias, m, told = gathered
                 return norm_linear(
-                    norm, x, parameters, *lists, stacked_weight=block, stacked_bias=block_bias, magnitudes=m
+                    norm, x, parameters, *lists, stacked_weight=block, stacked_bias=block_bias, magnitudes=m, told=told
                 )
 
             n = group.join(x, out, compute)
@@ -123,7 +123,7 @@ class ActivationForward(ProducerForward):
         if group is not None:
 
             def compute(gathered: Gathered) -> tuple[Tensor, tuple[Tensor, ...]]:
-                *lists, block, block_bias, m = gathered
+                *lists, block, block_bias, m, _ = gathered  # a rotary embedding reads no such output
                 return glu_linear(gate, up, act, *lists, stacked_weight=block, stacked_bias=block_bias, magnitudes=m)
 
             h = group.join(gate, gate.dtype, compute)

@@ -310,6 +310,18 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
     return list(rows.values())
 
 
+def of(root: nn.Module) -> list[Rotation]:
+    """The rotations that have been put on the model's modules."""
+    found: dict[int, Rotation] = {}
+    for module in root.modules():
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, Forward):
+            if isinstance(forward, RopeForward):
+                found.update((id(r), r) for r in forward.rotations.values())
+            forward = forward.previous
+    return list(found.values())
+
+
 def recognise(call: Call, known: dict[Any, Rotation | None]) -> Rotation | None:
     """The form of `rope` that the call's function computes, or None. known: what has been found so far."""
     values = (*call.args, *call.kwargs.values())

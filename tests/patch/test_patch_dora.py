@@ -11,6 +11,7 @@ import transformers
 
 import fastpeft
 from fastpeft.ops.backend import OPS
+from fastpeft.patch import rope as rotations
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIBRARIES = {"peft": peft, "fastpeft": fastpeft}
@@ -66,6 +67,20 @@ def test_layers_are_joined_as_loras_are(library):
     assert (o, down) == ("dora_linear", "dora_linear, joined to act_fn")
     assert_same(outcome(ours), outcome(theirs))
     fastpeft.unpatch(ours)
+    assert_same(outcome(ours), outcome(theirs))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_queries_and_keys_are_told_by_their_rotation(verify):
+    """In a copy too; v and the others are kept, which costs nothing. Whatever becomes of them, gradients are right."""
+    theirs = model("peft")
+    ours = copy.deepcopy(fastpeft.patch(copy.deepcopy(theirs), verify=verify))
+    layer = ours.base_model.model.model.layers[0]
+    assert layer.input_layernorm.forward.group.told == (True, True, False)
+    assert layer.mlp.act_fn.forward.group.told == (False,)
+    assert_same(outcome(ours), outcome(theirs))
+    for rotation in rotations.of(ours):  # the model's own function rotates them now
+        rotation.kinds = dict.fromkeys(rotation.kinds, False)
     assert_same(outcome(ours), outcome(theirs))
 
 
