@@ -74,6 +74,14 @@ class TrainMethod(str, enum.Enum):
     qlora = "qlora"
 
 
+class Into(str, enum.Enum):
+    """What `merge` adds the adapter to, and what becomes of the sum."""
+
+    base = "base"
+    decoded = "decoded"
+    quantised = "4bit"
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """A user's mistake becomes one sentence on stderr and exit code 2; Ctrl-C exit code 130."""
@@ -230,13 +238,21 @@ def merge(
     out: Annotated[Path, Option(help="Folder for the merged model and its tokenizer.")],
     model: Annotated[str | None, Option(help="Base model, where the adapter's own record of it is not right.")] = None,
     dtype: Annotated[Dtype, Option(help="Of the merged weights; auto: the base model's.")] = Dtype.auto,
+    into: Annotated[
+        Into,
+        Option(
+            help="base: the base model's weights as they are stored. For an adapter of finetune --method qlora also: "
+            "decoded: the 4-bit weights it was trained on, decoded, so that nothing is lost; 4bit: the sum is "
+            "quantised again, and what that loses is shown."
+        ),
+    ] = Into.base,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace what is in --out.")] = False,
 ) -> None:
     """Add an adapter into its base model's weights and save an ordinary model."""
     with explained():
         from fastpeft.cli.merge import merge as run
 
-        run(adapter, out, model, dtype.value, overwrite)
+        run(adapter, out, model, dtype.value, into.value, overwrite)
 
 
 @app.command()

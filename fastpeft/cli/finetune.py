@@ -237,12 +237,13 @@ def finetune(options: FinetuneOptions) -> int:
         model = load_model(options.model, dtype, quantization=quantization).to(device)
     arguments, per_epoch = _training_arguments(options, rows, device, dtype)
 
-    before = _earlier_samples(options, rows.prompts) if checkpoint else None
-    if before is None and rows.prompts:
-        with console.status("sampling answers before training"):
-            before = answers.generate(model, tokenizer, rows.prompts, rows.dialogue, options.max_new_tokens)
     with console.status("adding the adapter" + (", fusing, and verifying what was fused" if options.patch else "")):
         model = _adapted(options, model)
+    before = _earlier_samples(options, rows.prompts) if checkpoint else None
+    if before is None and rows.prompts:
+        # Through the adapter's layers: 4-bit products of theirs are several times as fast as bitsandbytes' on a CPU.
+        with console.status("sampling answers before training"), model.disable_adapter():
+            before = answers.generate(model, tokenizer, rows.prompts, rows.dialogue, options.max_new_tokens)
     show_start(options, rows, model, template, device, dtype, arguments, checkpoint)
 
     interrupts = Interrupts()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastpeft.cli.errors import CommandError
+from fastpeft.layers.bnb import keep_scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,8 +88,24 @@ def load_tokenizer(name: str) -> Any:
         raise _explain(name, error) from None
 
 
-def four_bits(compute: torch.dtype) -> Any:
+def stored_config(name: str) -> Any:
+    """The model's config.json.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _explain(name, error) from None
+
+
+def four_bits(compute: torch.dtype, option: str = "--method qlora") -> Any:
     """QLoRA's quantisation for `from_pretrained`: NF4 with nested scales, products in `compute`.
+
+    option: what asked for it, for the error's message.
 
     Raises:
         CommandError: bitsandbytes is not installed.
@@ -98,7 +115,7 @@ def four_bits(compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise CommandError("--method qlora needs bitsandbytes: pip install 'fastpeft[bitsandbytes]'")
+        raise CommandError(f"{option} needs bitsandbytes: pip install 'fastpeft[bitsandbytes]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -122,9 +139,11 @@ def load_model(name: str, dtype: torch.dtype | str, config: Any = None, quantiza
 
     more = {} if quantization is None else {"quantization_config": quantization}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **more)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, config=config, **more)
     except (OSError, ValueError, ImportError) as error:
         raise _explain(name, error) from None
+    keep_scales(model)
+    return model
 
 
 def shape_config(name: str | None, config: Path | None, layers: int | None) -> tuple[Any, bool]:

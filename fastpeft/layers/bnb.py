@@ -25,6 +25,8 @@ from fastpeft.ops.nf4 import Weight4bit, dequantize_4bit, weight_4bit
 from fastpeft.ops.nf4_linear import nf4_linear
 from fastpeft.ops.products import MAX_RANK
 
+REPACKS = "support_avx512bf16_for_cpu"  # the attribute by which a Linear4bit repacks its weight in evaluation
+
 _weights: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Weight4bit]] = WeakKeyDictionary()
 
 
@@ -34,6 +36,29 @@ def kind_of(base: Any) -> str | None:
         return None
     weight = type(getattr(base, "weight", None)).__name__
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(weight)
+
+
+def format_of(base: Any) -> str | None:
+    """What a linear layer of bitsandbytes keeps its weight as: "nf4, nested scales", "fp4", "int8"; else None."""
+    kind = kind_of(base)
+    if kind != "4bit":
+        return "int8" if kind else None
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    nested = weight.compress_statistics if state is None else state.nested
+    return weight.quant_type + (", nested scales" if nested else "")
+
+
+def keep_scales(model: nn.Module) -> list[nn.Module]:
+    """Let no 4-bit layer of the model repack its weight in evaluation any more; the layers that would have.
+
+    On CPUs with bf16 arithmetic bitsandbytes does that for its own inference kernel, and rounds the scales to bf16;
+    unpacking brings the layout back, but not the bits.
+    """
+    layers = [m for m in model.modules() if m.__dict__.get(REPACKS) and kind_of(m) == "4bit"]
+    for layer in layers:
+        layer.__dict__[REPACKS] = False
+    return layers
 
 
 def read_4bit(base: Any) -> Weight4bit:
@@ -51,7 +76,7 @@ def read_4bit(base: Any) -> Weight4bit:
 
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
         base.quant_state = state = weight.quant_state
-        base.support_avx512bf16_for_cpu = False
+        setattr(base, REPACKS, False)
         warnings.warn(
             "bitsandbytes had repacked a 4-bit weight for its inference on this processor and rounded its scales to "
             "bf16; it is unpacked again. Patch the model before it first runs in evaluation to keep the exact scales.",
@@ -86,6 +111,7 @@ class _Quantised(LoraLayer, nn.Module):
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = False
+        self.moved_by: float | None = None  # how far quantising moved the last merged sum, relative to its norm
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -142,8 +168,9 @@ class _Quantised(LoraLayer, nn.Module):
     def _requantise(self, weight: Tensor, name: str) -> None:
         self._set_weight(weight)
         lost = (self.dequantized_weight().float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30)
+        self.moved_by = lost.item()
         warnings.warn(
-            f"Adapter {name} was merged into a quantised weight: quantising the sum moved it by {lost.item():.1%} of "
+            f"Adapter {name} was merged into a quantised weight: quantising the sum moved it by {self.moved_by:.1%} of "
             "its norm, so outputs may differ. merge_and_unload(dequantize=True) keeps the sum exactly, in 16 bits.",
             PeftWarning,
             stacklevel=3,
@@ -213,7 +240,7 @@ class Linear4bit(_Quantised):
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         # Or a forward of the base layer in evaluation would repack its weight, rounding the scales to bf16.
-        self.get_base_layer().support_avx512bf16_for_cpu = False
+        setattr(self.get_base_layer(), REPACKS, False)
 
     def dequantized_weight(self) -> Tensor:
         """The base weight (N, K), decoded, in the dtype it was quantised from: bitsandbytes' bits."""

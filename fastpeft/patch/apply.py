@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import loss as losses
 from . import rope as rotations
+from . import scales
 from .forwards import Forward, LoraForward, ParentForward, PlainForward
 from .group import Group
 from .inputs import NoInput, example_call
@@ -136,6 +137,7 @@ def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn
     unpatch(root)
     with torch.inference_mode(False):
         try:
+            scales.hold(root)
             # Below the forwards that open a group's extent, which call what they find.
             turned = rotations.apply(root, example_inputs, options.verify) if options.blocks == "auto" else []
             result = _patch(root, example_inputs, options)
@@ -145,6 +147,7 @@ def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn
         except BaseException:
             unpatch(root)
             raise
+        scales.release(root, keep_patched=True)
     if not result.rows:
         return model
     root.__dict__[_STATE] = _State(_fingerprint(root, options), result)
@@ -157,6 +160,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     from ..memory import remove_checkpointing
 
     remove_checkpointing(model)
+    scales.release(model)
     for module in model.modules():
         module.__dict__.pop(_STATE, None)
     losses.remove(model)
@@ -347,7 +351,7 @@ def _build_group(
 
 def _apply_alone(candidate: Candidate, verify: bool) -> Row:
     assert candidate.reading is not None
-    operator = "dora_linear" if candidate.dora else "lora_linear"
+    operator = "dora_linear" if candidate.dora else "nf4_linear" if candidate.packed else "lora_linear"
     if candidate.native:
         return Row(candidate.name, candidate.kind, operator, "the layer's own forward")
     member = LoraForward(candidate.module, candidate.reading, native=False)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.bnb import format_of
 from ..ops.nf4 import Weight4bit
 from .forwards import read_plain
 from .observe import Observation, Product, SharedInput
@@ -50,6 +51,11 @@ class Candidate:
     def dora(self) -> bool:
         """Its adapter is DoRA; a group's adapters are all LoRA or all DoRA."""
         return self.reading is not None and self.reading.dora
+
+    @property
+    def packed(self) -> bool:
+        """Its base weight is of 4 bits."""
+        return self.reading is not None and self.reading.packed
 
     @property
     def native(self) -> bool:
@@ -123,7 +129,7 @@ def find_candidates(model: nn.Module, verify: bool = True) -> list[Candidate]:
             continue
         library = lora_library(module)
         owner = library or type(module).__module__.partition(".")[0]
-        candidate = Candidate(name, module, f"{owner} {type(module).__name__}", library)
+        candidate = Candidate(name, module, _kind_name(module, owner), library)
         try:
             if library is None:
                 raise Unsupported(_why_not_lora(module, owner))
@@ -267,6 +273,8 @@ def _one_product(
         return "never", "stack='never'"
     if any(c.dora for c in members):
         return "never", "DoRA scales each projection by itself"
+    if any(c.packed for c in members):
+        return "never", "weights of 4 bits are decoded one by one"
     operands = [c.operands for c in members]
     weights, biases = [o[0] for o in operands], [o[1] for o in operands]
     if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
@@ -335,10 +343,24 @@ def _outside_tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk("", model)
 
 
-def _why_not_lora(module: nn.Module, owner: str) -> str:
+def _kind_name(module: nn.Module, owner: str) -> str:
+    """ "peft Linear", "fastpeft Linear4bit (nf4, nested scales)"."""
+    name, quantised = f"{owner} {type(module).__name__}", format_of(_innermost(module))
+    return name if quantised is None else f"{name} ({quantised})"
+
+
+def _innermost(module: nn.Module) -> Any:
+    """The base layer under all adapter layers."""
     base = getattr(module, "base_layer", None)
     while base is not None and is_tuner_layer(base):
         base = base._modules["base_layer"]
+    return base
+
+
+def _why_not_lora(module: nn.Module, owner: str) -> str:
+    base = _innermost(module)
+    if format_of(base) == "int8":
+        return "the base weight is int8: bitsandbytes multiplies it, and the adapter's product is added to that"
     what = type(base).__name__
     if owner == "fastpeft":
         return f"computed by its own forward; no fused form for a {what} with this adapter"

@@ -151,19 +151,23 @@ def _compare(
     if ours is None or theirs is None:
         return "its conditions do not hold"
     names = ["output"] * len(members) + ["gradient of the input"] + ["gradient of an adapter weight"] * len(adapters)
+    bound = max(FORMULA[t] for t in (dtype, getattr(weight, "compute_dtype", None)) if t is not None)
     for name, mine, other, (columns, truth) in zip(names, ours, theirs, _exact(x, dys, operands, magnitudes)):
-        reason = _judge(mine, other, columns, truth)
+        reason = _judge(mine, other, columns, truth, bound)
         if reason is not None:
             return f"{name}: {reason}"
     return None
 
 
-def _judge(mine: Tensor, other: Tensor, columns: Tensor | slice, truth: Tensor) -> str | None:
-    """Why `mine` may not stand for `other`. truth: some columns of both, in float64."""
+def _judge(mine: Tensor, other: Tensor, columns: Tensor | slice, truth: Tensor, bound: float) -> str | None:
+    """Why `mine` may not stand for `other`. truth: some columns of both, in float64.
+
+    bound: how far from it `other` may be and still be the formula, in the dtype that the base product is made in.
+    """
     if mine.dtype != other.dtype or mine.shape != other.shape:
         return f"{mine.dtype} {tuple(mine.shape)} instead of {other.dtype} {tuple(other.shape)}"
     error, theirs = distance(mine[..., columns], truth), distance(other[..., columns], truth)
-    if not theirs <= FORMULA[other.dtype]:
+    if not theirs <= max(bound, FORMULA[other.dtype]):
         return f"the original is not a linear layer with LoRA: relative distance {theirs:.1e}"
     allowed = max(FACTOR * theirs, torch.finfo(other.dtype).eps / 4)
     if not error <= allowed:

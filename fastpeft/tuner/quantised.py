@@ -10,7 +10,8 @@ from torch import nn
 from ..layers.bnb import is_plain_4bit, read_4bit
 from ..ops.nf4 import dequantize_4bit
 
-_MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized")
+# The last: how a file of 4 bits was read, which saving would reverse; without it the model's own conversions hold.
+_MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized", "_weight_conversions")
 
 
 @torch.no_grad()

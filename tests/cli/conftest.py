@@ -28,12 +28,22 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    return write_llama(tmp_path_factory.mktemp("tiny-model"), tokenizer, 32)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_of_blocks(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """Rows of whole blocks of 64: others bitsandbytes' own kernel for CPUs decodes with wrong scales."""
+    return write_llama(tmp_path_factory.mktemp("tiny-model-of-blocks"), tokenizer, 64)
+
+
+def write_llama(folder: Path, tokenizer: Any, width: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -44,7 +54,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    folder = tmp_path_factory.mktemp("tiny-model")
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
