@@ -195,7 +195,11 @@ setup(
         *(f"fastpeft.kernels.{name}" for name in find_namespace_packages("kernels")),
     ],
     package_dir={"fastpeft": "fastpeft", "fastpeft.kernels": "kernels"},
-    package_data={"fastpeft": ["py.typed", "*.pyi"], "fastpeft.ops": ["*.json"]},
+    package_data={
+        "fastpeft": ["py.typed", "*.pyi"],
+        "fastpeft.ops": ["*.json"],
+        "fastpeft.memory": ["shapes/*.json"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension, "egg_info": LabelledVersion},
     options={
