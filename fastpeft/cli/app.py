@@ -82,6 +82,66 @@ class Into(str, enum.Enum):
     quantised = "4bit"
 
 
+class Checkpoint(str, enum.Enum):
+    """What layers keep between the forward and the backward."""
+
+    none = "none"
+    selective = "selective"
+    mlp = "mlp"
+    block = "block"
+    offload = "offload"
+
+
+class EstimatedCheckpoint(str, enum.Enum):
+    """Checkpoint modes to estimate."""
+
+    all = "all"
+    auto = "auto"
+    none = "none"
+    selective = "selective"
+    mlp = "mlp"
+    block = "block"
+    offload = "offload"
+
+
+class MethodName(str, enum.Enum):
+    """What is trained."""
+
+    full = "full"
+    lora = "lora"
+    dora = "dora"
+    qlora = "qlora"
+
+
+class Optim(str, enum.Enum):
+    """The optimizer; 8-bit, paged and lion are bitsandbytes'."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    lion = "lion"
+    lion_8bit = "lion_8bit"
+    paged_lion = "paged_lion"
+    paged_lion_8bit = "paged_lion_8bit"
+    sgd = "sgd"
+
+
+class Parallel(str, enum.Enum):
+    """How several GPUs share the work."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+
+
+class Implementation(str, enum.Enum):
+    """Whose code runs the layers."""
+
+    fastpeft = "fastpeft"
+    eager = "eager"
+    peft = "peft"
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """A user's mistake becomes one sentence on stderr and exit code 2; Ctrl-C exit code 130."""
@@ -296,6 +356,14 @@ def bench(
     dtype: Annotated[Dtype, Option(help="Of the frozen weights.")] = Dtype.auto,
     threads: Annotated[int | None, Option(min=1, help="CPU threads.")] = None,
     gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="In every contender.")] = False,
+    checkpoint: Annotated[Checkpoint, Option(help="What layers keep, in every contender.")] = Checkpoint.none,
+    report: Annotated[
+        Path | None,
+        Option(help="Sweep lengths, checkpoint modes and methods into this HTML page (and PNGs beside it)."),
+    ] = None,
+    lengths: Annotated[str | None, Option(help="Of the sweep: tokens a row. [default: 64,128,256]")] = None,
+    checkpoints: Annotated[str | None, Option(help="Of the sweep. [default: all modes]")] = None,
+    methods: Annotated[str | None, Option(help="Of the sweep: lora, dora. [default: --method]")] = None,
 ) -> None:
     """Time training steps against PEFT: same weights, same batches, interleaved step by step in one process.
 
@@ -306,6 +374,49 @@ def bench(
         from fastpeft.cli.contenders import BenchOptions
 
         run(BenchOptions(**{k: v.value if isinstance(v, enum.Enum) else v for k, v in ctx.params.items()}))
+
+
+@app.command()
+def estimate(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, Option(help="A shipped shape (llama-3.1-8b, qwen3-4b, gemma-3-1b, …), a folder, or a Hub id.")
+    ] = None,
+    config: Annotated[Path | None, Option(help="A config.json, in place of --model.")] = None,
+    method: Annotated[MethodName, Option(help="What is trained.")] = MethodName.lora,
+    r: Annotated[int, Option("--r", min=1, help="Rank.")] = 16,
+    dropout: Annotated[float, Option(min=0.0, max=0.99, help="Dropout on the adapter's input.")] = 0.0,
+    target_modules: Annotated[str, Option(help="As in finetune.")] = "all-linear",
+    batch: Annotated[int, Option(min=1, help="Rows a pass, on each GPU.")] = 1,
+    seq: Annotated[int, Option(min=2, help="Tokens a row.")] = 4096,
+    optim: Annotated[Optim, Option(help="Optimizer.")] = Optim.adamw,
+    checkpoint: Annotated[
+        EstimatedCheckpoint, Option(help="Checkpoint mode; auto: the plan that fits --fit.")
+    ] = EstimatedCheckpoint.all,
+    gpus: Annotated[int, Option(min=1, help="Number of GPUs.")] = 1,
+    parallel: Annotated[Parallel, Option(help="With several GPUs.")] = Parallel.ddp,
+    dtype: Annotated[Dtype, Option(help="Of the frozen weights and the computation.")] = Dtype.bfloat16,
+    implementation: Annotated[
+        Implementation, Option(help="fastpeft, its layers unpatched, or peft.")
+    ] = Implementation.fastpeft,
+    fit: Annotated[
+        str | None, Option(help="A budget, as 24GiB: the longest rows that fit, for 1, 2, 4, … rows.")
+    ] = None,
+    json: Annotated[bool, Option("--json", help="Print JSON in place of the table.")] = False,
+    out: Annotated[Path | None, Option(help="Folder for estimate.json and estimate.png.")] = None,
+) -> None:
+    """Count what a training step needs, from a config alone: no weights, no GPU.
+
+    [bold]fastpeft estimate --model llama-3.1-8b --method qlora --seq 4096[/bold]
+    """
+    with explained():
+        from fastpeft.cli.estimate import EstimateOptions
+        from fastpeft.cli.estimate import estimate as run
+
+        given = {k: v.value if isinstance(v, enum.Enum) else v for k, v in ctx.params.items()}
+        if given["dtype"] == "auto":
+            given["dtype"] = "bfloat16"
+        run(EstimateOptions(**given))
 
 
 def main() -> None:

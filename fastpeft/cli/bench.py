@@ -32,6 +32,13 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     Raises:
         CommandError: a model, a device or the baseline is not there.
     """
+    if options.report is not None:
+        from fastpeft.cli.sweep import sweep
+
+        return sweep(options)
+    given = [name for name in ("lengths", "checkpoints", "methods") if getattr(options, name) is not None]
+    if given:
+        raise CommandError(f"--{given[0]} is for the sweep that --report makes")
     quiet_libraries()
     if options.threads:
         torch.set_num_threads(options.threads)

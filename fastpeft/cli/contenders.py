@@ -24,6 +24,7 @@ import fastpeft
 from fastpeft.cli.errors import CommandError
 from fastpeft.cli.models import four_bits, load_model, pick_device, pick_dtype, shape_config, target_modules
 from fastpeft.measure import PeakMemory, SavedActivations
+from fastpeft.memory import find_layers, install
 
 BASELINES = ("peft", "compile", "eager")
 _MEMORY_STEPS = 3  # the optimizer's state exists from the second on
@@ -53,6 +54,11 @@ class BenchOptions:
     dtype: str = "auto"
     threads: int | None = None
     gradient_checkpointing: bool = False
+    checkpoint: str = "none"
+    report: Path | None = None
+    lengths: str | None = None
+    checkpoints: str | None = None
+    methods: str | None = None
 
     def baselines(self) -> list[str]:
         """The baselines by name; raises CommandError for an unknown one or one named twice."""
@@ -76,6 +82,7 @@ class BenchOptions:
         """The inverse of `as_json`."""
         options = BenchOptions(**fields)
         options.out = Path(options.out)
+        options.report = Path(options.report) if options.report is not None else None
         options.config = Path(options.config) if options.config is not None else None
         return options
 
@@ -145,10 +152,18 @@ class Runner:
         if self.name in ("peft", "compile"):
             peft = real_peft()
             model = peft.get_peft_model(model, peft.LoraConfig(**fields))
+            if options.checkpoint != "none":
+                if options.checkpoint != "block":
+                    raise CommandError(
+                        f"peft has no checkpoint mode {options.checkpoint!r}, only block (Transformers')"
+                    )
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return torch.compile(model) if self.name == "compile" else model
         model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(**fields))
         if self.name == "fastpeft":
-            fastpeft.patch(model)
+            fastpeft.patch(model, checkpoint=None if options.checkpoint == "none" else options.checkpoint)
+        elif options.checkpoint != "none":
+            install(model, [options.checkpoint] * len(find_layers(model)))
         return model
 
     @contextlib.contextmanager
@@ -206,9 +221,9 @@ def real_peft() -> Any:
     return peft
 
 
-def measure_memory(name: str, options: BenchOptions) -> dict[str, Any]:
+def measure_memory(name: str, options: BenchOptions, runner: Runner | None = None) -> dict[str, Any]:
     """Peak memory of a few training steps in this process: held before them, at the peak, and how it was measured."""
-    runner = Runner(name, options)
+    runner = runner or Runner(name, options)
     if name == "compile":
         runner.step(0)  # what the compiler takes is not what a step takes
     gc.collect()
@@ -225,7 +240,21 @@ def _main(arguments: list[str]) -> None:
     options = BenchOptions.from_json(json.loads(arguments[0]))
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(json.dumps(measure_memory(arguments[1], options)))
+    if options.lengths is None:
+        print(json.dumps(measure_memory(arguments[1], options)))
+        return
+    runner = Runner(arguments[1], options)
+    found = []
+    options.seq = 16
+    runner.step(0)  # what libraries set up once is no step's
+    runner.optimizer.state.clear()
+    for length in map(
+        int, options.lengths.split(",")
+    ):  # shortest first: what the heap has grown to is not counted again
+        options.seq = length
+        found.append(measure_memory(arguments[1], options, runner))
+        runner.optimizer.state.clear()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

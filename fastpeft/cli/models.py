@@ -147,20 +147,24 @@ def load_model(name: str, dtype: torch.dtype | str, config: Any = None, quantiza
 
 
 def shape_config(name: str | None, config: Path | None, layers: int | None) -> tuple[Any, bool]:
-    """(configuration, whether `name` also has weights) of a preset, a config.json, a folder or a Hub id.
+    """(configuration, whether `name` also has weights) of a shipped shape, a config.json, a folder or a Hub id.
 
     Raises:
         CommandError: none or both are given, or what is given cannot be read.
     """
     from transformers import AutoConfig
 
+    from fastpeft.memory.standin import shapes
+
+    known = {**shapes(), **PRESETS}
     if (name is None) == (config is None):
-        presets = ", ".join(PRESETS)
-        raise CommandError(f"give one of --model (a folder, a Hub id, or {presets}) and --config (a JSON file)")
+        raise CommandError(
+            f"give one of --model (a folder, a Hub id, or {', '.join(known)}) and --config (a JSON file)"
+        )
     weights = False
-    if config is not None or name in PRESETS:
+    if config is not None or name in known:
         try:
-            fields = dict(PRESETS[name]) if name in PRESETS else json.loads(config.read_text())  # type: ignore[union-attr]
+            fields = dict(known[name]) if name in known else json.loads(config.read_text())  # type: ignore[union-attr]
             model_type = fields.pop("model_type")
             result = AutoConfig.for_model(model_type, **fields)
         except (OSError, ValueError, KeyError, AttributeError) as error:

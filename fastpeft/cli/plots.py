@@ -14,7 +14,8 @@ COLOURS = ("#0f766e", "#c2410c")
 _CONTENDERS = ("#0f766e", "#94a3b8", "#cbd5e1", "#64748b")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot in the style of the commands; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -52,7 +53,7 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 def loss_curve(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]], title: str) -> bool:
     """Draw (step, loss) pairs to `path`; False without matplotlib or without a point."""
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None or not train:
         return False
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -70,7 +71,7 @@ def loss_curve(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[t
 
 def comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -> bool:
     """Draw the contenders of `fastpeft bench`: tokens per second, saved bytes, peak memory, and the losses."""
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return False
     figure, all_axes = plt.subplots(1, 4, figsize=(12, 3.6), layout="constrained")
@@ -99,6 +100,35 @@ def comparison(path: Path, results: Sequence[dict[str, Any]], title: str) -> boo
     all_axes[3].set(title="loss", xlabel="step")
     all_axes[3].legend(frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_FAINT)
+    _save(plt, figure, path)
+    return True
+
+
+_PARTS = ("#334155", "#0f766e", "#5eead4", "#a3a3a3", "#fbbf24", "#c2410c", "#f472b6", "#818cf8")
+
+
+def stacked_bars(path: Path, bars: Sequence[tuple[str, dict[str, int]]], title: str, budget: int | None = None) -> bool:
+    """Draw (label, bytes of each part) side by side, with a line at the budget; False without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return False
+    figure, axes = plt.subplots(figsize=(max(5.0, 2.0 + 0.9 * len(bars)), 4.2), layout="constrained")
+    places = range(len(bars))
+    low = [0.0] * len(bars)
+    for colour, part in zip(_PARTS, bars[0][1]):
+        heights = [parts[part] / 2**30 for _, parts in bars]
+        if any(heights):
+            axes.bar(places, heights, bottom=low, color=colour, width=0.62, label=part)
+            low = [a + b for a, b in zip(low, heights)]
+    for place, top in zip(places, low):
+        axes.annotate(f"{top:.1f}", (place, top), ha="center", va="bottom", fontweight="bold", xytext=(0, 2),
+                      textcoords="offset points")  # fmt: skip
+    if budget:
+        axes.axhline(budget / 2**30, color=_INK, linewidth=1, linestyle="--")
+    axes.set_xticks(list(places), [label for label, _ in bars])
+    axes.set(title=title, ylabel="GiB on each GPU")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.margins(y=0.12)
     _save(plt, figure, path)
     return True
 

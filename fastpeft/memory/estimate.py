@@ -72,9 +72,7 @@ class Estimator:
     Raises ValueError on a method, optimizer or way of parallel training that is not known.
     """
 
-    def __init__(
-        self, config: Any, method: Method, optim: str = "adamw", gpus: int = 1, parallel: str = "ddp"
-    ) -> None:
+    def __init__(self, config: Any, method: Method, optim: str = "adamw", gpus: int = 1, parallel: str = "ddp") -> None:
         for what, value, known in [
             ("method", method.name, METHODS),
             ("optim", optim, OPTIMIZERS),
@@ -176,7 +174,7 @@ class Estimator:
         return max(quantised) * self.method.dtype.itemsize if quantised else 0
 
     def longest(self, batch: int, checkpoint: str, budget: int, limit: int, multiple: int = 64) -> Estimate | None:
-        """The estimate at the longest sequence, a multiple of `multiple` up to `limit`, that fits; None if none does."""
+        """The estimate at the longest sequence, a multiple of `multiple` up to `limit`, that fits; or None."""
 
         def try_(blocks: int) -> Estimate | None:
             try:

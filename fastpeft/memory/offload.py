@@ -161,7 +161,9 @@ class _Away:
         self.fetch()
         here, self._here = self._here, None
         if here is None:
-            return self._buffer.tensor.clone()
+            here = self._buffer.tensor.clone()
+            self._buffer.drop_from_memory()
+            return here
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._arrived)
         here.record_stream(current)

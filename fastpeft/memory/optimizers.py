@@ -1,8 +1,8 @@
 """Optimizers by name: what each keeps for a parameter, and what Transformers calls it.
 
 8-bit and paged ones are bitsandbytes'. Its 8-bit states are one byte an element and an fp32 scale for 256 elements; a
-parameter of fewer than 4,096 elements keeps fp32 states. A paged state lies in memory that the driver moves between host
-and GPU page by page, from 100,000 elements on; it counts as the host's here, because there it goes when the GPU is full.
+parameter of fewer than 4,096 elements keeps fp32 states. A paged state (from 100,000 elements on) lies in memory
+that the driver moves between host and GPU page by page; it counts as the host's, where it goes when the GPU is full.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class Sizes:
 class StandIn:
     """The model of a config under a method, on the meta device, with as few layers as have different kinds.
 
-    Adapters lie there in the dtype of the computation, as autocast makes them; `sizes` has them in fp32, as they are kept.
+    Adapters lie there in the dtype of the computation, as autocast makes them; `sizes` has them in fp32, as they are
+    kept.
     """
 
     def __init__(self, config: Any, method: Method) -> None:
@@ -77,7 +78,9 @@ class StandIn:
         self.model = _build(few, method)
         self._layers = [m for _, m in find_layers(self.model)]
         if len(self._layers) != length:
-            raise ValueError(f"a {type(self.model).__name__} has {len(self._layers)} layers where its config says {length}")
+            raise ValueError(
+                f"a {type(self.model).__name__} has {len(self._layers)} layers where its config says {length}"
+            )
 
     @property
     def sizes(self) -> Sizes:
@@ -93,13 +96,12 @@ class StandIn:
     def _sizes(self, module: nn.Module, layer: Any, without: Any = ()) -> list[tuple[int, int, bool, bool]]:
         found = []
         trained = {id(p) for p in module.parameters() if p.requires_grad}
-        for name, p in module.named_parameters():
+        for p in module.parameters():
             if id(p) in without:
                 continue
             adapter = id(p) in trained and self.method.name != "full"
             quantised = layer is not None and self.method.name == "qlora" and not adapter and p.dim() == 2
             found.append((p.numel(), 4 if adapter else p.element_size(), id(p) in trained, quantised))
-            del name
         return found
 
     def count(self, batch: int, seq: int, modes: Any) -> Counts:
@@ -117,7 +119,7 @@ class StandIn:
 
 
 def _kinds(text: Any) -> list[Any]:
-    """What distinguishes a layer from others, for each: the entries of every list in the config that has one a layer."""
+    """What tells a layer from others, for each: the entries of every list in the config that has one a layer."""
     count = text.num_hidden_layers
     lists = [v for k, v in sorted(vars(text).items()) if isinstance(v, list) and len(v) == count]
     return [tuple(str(v[i]) for v in lists) for i in range(count)]

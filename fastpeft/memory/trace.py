@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
             record.run = None
         else:
             supplied: set[int] = set()
-            chosen = {i for i in keep(self.ops) if self.ops[i].outputs is not None and self._whole(i)}
+            chosen = self._choose(keep(self.ops))
             for index in chosen:
                 supplied.update(self.ops[index].makes)
             needed = set(wanted)
@@ -173,16 +173,27 @@ class Recorder(TorchDispatchMode):
         elif op.seeded:
             record.run.add(index)  # type: ignore[union-attr]
 
-    def _whole(self, index: int) -> bool:
+    def _choose(self, picked: set[int]) -> set[int]:
+        """Those of the picked operators that may be kept."""
+        chosen = {i for i in picked if self.ops[i].outputs is not None}
+        while True:
+            supplied = {value for i in chosen for value in self.ops[i].makes}
+            whole = {i for i in chosen if self._whole(i, supplied)}
+            if whole == chosen:
+                return chosen
+            chosen = whole
+
+    def _whole(self, index: int, supplied: set[int]) -> bool:
         """May the last value of what this operator made stand for all that was read of it?
 
-        Not if something but a writer read it before the last write, and not if a writer made other things as well.
+        Not if something but a writer read it before the last write, and not if a writer made other things as well, or
+        wrote to others that are not kept.
         """
         made = set(self.ops[index].makes)
         read = False
         for op in self.ops[index + 1 :]:
             if not made.isdisjoint(op.writes):
-                if read or op.makes or op.seeded or not made.issuperset(op.writes):
+                if read or op.makes or op.seeded or not supplied.issuperset(op.writes):
                     return False
             elif not made.isdisjoint(op.reads) and not is_view(op.func):
                 read = True

@@ -289,7 +289,7 @@ def _recomputed(module: nn.Module) -> bool:
 def _mode(x: Any) -> tuple[Any, ...]:
     """What must be the same for two projections of x to come from one product."""
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.get_autocast_dtype(device) if autocast_enabled(x.device) else None
     return (x._version, x.data_ptr(), x.requires_grad, torch.is_grad_enabled(), autocast)
 
 

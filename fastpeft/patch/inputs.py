@@ -42,8 +42,8 @@ def synthesise(model: Any) -> dict[str, Any]:
     if maker is None:
         raise NoInput(f"do not know how to make the model's main input {name!r}")
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    if not floats or floats[0].is_meta:
-        raise NoInput("the model has no parameters in memory")
+    if not floats:
+        raise NoInput("the model has no parameters")
     device, dtype = floats[0].device, floats[0].dtype
     if not dtype.itemsize > 1:
         dtype = torch.float32

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..measure import LiveMemory
+
 # Buffers above this many bytes (a quantised weight kept as a buffer) are not copied to be put back.
 BUFFER_BYTES = 1 << 24
 
@@ -115,7 +117,7 @@ def observe(
 
     def keep(tensor: Tensor) -> Tensor:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # a tensor without storage
-            saved.add(tensor.untyped_storage().data_ptr())
+            saved.add(_memory(tensor))
         return tensor.detach()  # the tensor itself would close a cycle around a node that saves its own result
 
     handles = []
@@ -203,6 +205,12 @@ def run_quietly(
         return detached(target(*args, **kwargs))
 
 
+def _memory(tensor: Tensor) -> int:
+    """Identity of the memory behind a tensor, on the meta device too, where there is no address."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
+
+
 def _shared(calls: list[Call], saved: set[int]) -> list[SharedInput]:
     sets: dict[tuple[int, int], list[Call]] = {}
     for call in calls:
@@ -213,7 +221,7 @@ def _shared(calls: list[Call], saved: set[int]) -> list[SharedInput]:
         unique = {call.module: call for call in members if call.module not in seen}
         if len(unique) > 1:
             seen.update(unique)
-            kept = [c.out is not None and c.out.untyped_storage().data_ptr() in saved for c in unique.values()]
+            kept = [c.out is not None and _memory(c.out) in saved for c in unique.values()]
             shared.append(SharedInput(members[0].caller, list(unique), kept))
     return shared
 

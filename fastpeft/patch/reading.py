@@ -221,6 +221,8 @@ def check_base(base: Any) -> Any:
         raise Unsupported(_why_not_linear(base))
     _own_forward(base, "the base layer")
     check_tensor(base._parameters.get("weight"), "the base weight")
+    if base._parameters["weight"].is_meta and hasattr(base, "_hf_hook"):
+        raise Unsupported("the base weight is on the meta device (offloaded)")
     if base._parameters.get("bias") is not None:
         check_tensor(base._parameters["bias"], "the base bias")
     return base
@@ -251,8 +253,6 @@ def check_tensor(tensor: Any, label: str) -> None:
         raise Unsupported(f"{label} is a {type(tensor).__name__} (sharded or quantised)")
     if hasattr(tensor, "ds_id"):
         raise Unsupported(f"{label} is partitioned by DeepSpeed")
-    if tensor.is_meta:
-        raise Unsupported(f"{label} is on the meta device (offloaded)")
     if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
         raise Unsupported(f"{label} is {str(tensor.dtype).removeprefix('torch.')}, not a dense floating tensor")
 
