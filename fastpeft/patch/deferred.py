@@ -165,7 +165,7 @@ class _Cell:
         self.kind, self.compute, self.device, self.inputs = kind, compute, device, inputs
         self.parent, self.is_view = parent, is_view
         self.grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        self.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.autocast = _autocast(device)
         self.versions = [t._version for t in inputs] if parent is None else []
         self.trained = parent is None and any(t.requires_grad and t.is_leaf for t in inputs)
         self.steps = _STEPS.now() if self.trained else 0
@@ -232,9 +232,16 @@ class _Cell:
 
     def _autocast(self) -> Any:
         enabled, dtype = self.autocast
-        if (torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device)) == self.autocast:
+        if _autocast(self.device) == self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.device, dtype, enabled=enabled)
+
+
+def _autocast(device: str) -> tuple[bool, Any]:
+    """Whether autocast is on for a device type, and its dtype; the meta device has none."""
+    if device == "meta":
+        return False, None
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class _Edge(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers.dora import DoraCaching
+from ..ops.backend import autocast_enabled
 from ..ops import dora_linear, lora_linear
 from ..ops.nf4 import DTYPES, Weight4bit
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
@@ -222,7 +223,7 @@ def fits(x: Any, weight: Any) -> bool:
     if isinstance(weight, Weight4bit):
         return x.dtype in DTYPES
     return x.dtype is weight.dtype or (
-        x.is_floating_point() and torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64
+        x.is_floating_point() and autocast_enabled(x.device) and x.dtype is not torch.float64
     )
 
 

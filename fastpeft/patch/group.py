@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dora_linear_group, lora_linear_group
+from ..ops.backend import autocast_enabled
 from ..ops.lora_linear import NATIVE_ELEMENTS
 from ..ops.promise import Promise
 from .forwards import TENSORS, LoraForward, PlainForward, fits
@@ -160,7 +161,7 @@ class Group:
         if gathered is None or any(w.dtype is not dtype or type(w) not in TENSORS for w in gathered[0]):
             return None
         device = like.device.type
-        if torch.is_autocast_enabled(device):
+        if autocast_enabled(like.device):
             cast = torch.get_autocast_dtype(device)
             if cast is not dtype:
                 return None

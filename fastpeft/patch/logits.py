@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import linear_cross_entropy, lora_linear
+from ..ops.backend import autocast_enabled
 from ..ops.philox import draw_seed
 from .deferred import Deferred
 from .reading import Operands
@@ -59,7 +60,7 @@ class Logits(Deferred):
             compute = lambda: _head(hidden, operands)  # noqa: E731
         inputs = [t for t in (hidden, weight, bias, A, B) if t is not None]
         device = hidden.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        dtype = torch.get_autocast_dtype(device.type) if autocast_enabled(device) else hidden.dtype
         logits = Logits(compute, (*hidden.shape[:-1], weight.shape[0]), dtype, device, inputs)
         logits.origin = Origin(hidden, operands, seed)
         return logits

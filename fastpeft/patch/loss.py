@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..ops.backend import autocast_enabled
 from .forwards import Forward, eager, fits
 from .inputs import NoInput, example_call
 from .logits import Logits
@@ -337,7 +338,7 @@ def _differ(theirs: list[Tensor], ours: list[Tensor]) -> str | None:
         return "the model returns another loss with it"
     # Head and loss have been compared strictly; this is for what the model does in between, misread by order 1.
     for a, b in zip(theirs, ours):
-        exact = a.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(a.device.type)
+        exact = a.dtype in (torch.float32, torch.float64) and not autocast_enabled(a.device)
         limit = 1e-3 if exact else 5e-2
         apart = _distance(b, a.double())
         if not apart <= limit:

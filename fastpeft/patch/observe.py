@@ -184,7 +184,7 @@ def _products(calls: list[Call], products: _Products, saved: set[int]) -> list[P
         paths = [maker.path, *(call.path for call in used)]
         common = _common(paths)
         between = {module: None for path in paths for module, _ in path[common:]}
-        kept = [call.out is not None and call.out.untyped_storage().data_ptr() in saved for call in used]
+        kept = [call.out is not None and _memory(call.out) in saved for call in used]
         result.append(Product(key[0], maker.x, key[1], [call.module for call in used], kept, list(between)))
     return result
 
@@ -201,7 +201,8 @@ def run_quietly(
     target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
 ) -> list[Tensor]:
     """The floating tensors of `target(*args, **kwargs)`, run in eval (or training) mode with everything put back."""
-    with untouched(target, training), torch.enable_grad():
+    meta = any(p.is_meta for p in target.parameters())
+    with untouched(target, training), torch.enable_grad(), LiveMemory() if meta else contextlib.nullcontext():
         return detached(target(*args, **kwargs))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..ops.backend import autocast_enabled
 from ..ops.activation import ACTIVATIONS
 from ..ops.glu import NATIVE_ELEMENTS, glu, glu_reference
 from ..ops.layer_norm import formula as layer_norm_formula
@@ -209,7 +210,7 @@ def worst(value: Tensor, truth: Tensor) -> float:
 def mode_of(x: Tensor) -> Key:
     """The dtypes that decide what a module returns: x's, and autocast's where it is on."""
     device = x.device.type
-    return x.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x.dtype, torch.get_autocast_dtype(device) if autocast_enabled(x.device) else None
 
 
 def _guesses(module: nn.Module) -> Iterator[Spec]:

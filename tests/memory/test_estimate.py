@@ -102,7 +102,12 @@ def test_every_shipped_shape_is_a_config(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-3.1-8b", 8_030_261_248), ("qwen3-0.6b", 596_049_920), ("smollm2-135m", 134_515_008), ("gemma-3-1b", 999_885_952)],
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen3-0.6b", 596_049_920),
+        ("smollm2-135m", 134_515_008),
+        ("gemma-3-1b", 999_885_952),
+    ],
 )
 def test_parameters_are_those_of_the_published_model(name: str, parameters: int) -> None:
     sizes = Estimator(shape(name), Method("full")).stand_in.sizes
@@ -148,7 +153,9 @@ def test_command(fastpeft_command: Callable[..., Any], tmp_path: Path) -> None:
     assert (tmp_path / "estimate.png").stat().st_size > 1000
     report = json.loads((tmp_path / "estimate.json").read_text())
     one = report["estimates"][0]
-    assert one["peak"] == sum(one[part] for part in PARTS) and [e["checkpoint"] for e in report["estimates"]] == list(MODES)
+    assert one["peak"] == sum(one[part] for part in PARTS) and [e["checkpoint"] for e in report["estimates"]] == list(
+        MODES
+    )
     again = json.loads(fastpeft_command(*common, "--method", "qlora", "--json", "--checkpoint", "mlp").stdout)
     assert again["estimates"] == [report["estimates"][2]]
     fitting = fastpeft_command(*common, "--fit", "1GiB", "--checkpoint", "block", "--json").stdout

@@ -26,7 +26,10 @@ def made_up(layers: int, seed: int) -> Counts:
         kept = sorted((draw.randint(0, 60) for _ in MODES), reverse=True)
         flops = sorted(draw.randint(900, 2000) for _ in MODES)
         costs.append(
-            {m: Cost(k, draw.randint(0, 70), draw.randint(0, 90), 300, f - 300, 0) for m, k, f in zip(MODES, kept, flops)}
+            {
+                m: Cost(k, draw.randint(0, 70), draw.randint(0, 90), 300, f - 300, 0)
+                for m, k, f in zip(MODES, kept, flops)
+            }
         )
     head = Head(draw.randint(0, 20), draw.randint(0, 80), draw.randint(0, 80), 1000)
     return Counts(costs, [draw.randint(0, 9) for _ in range(layers)], head, draw.randint(0, 9), draw.randint(0, 9))
@@ -114,7 +117,7 @@ def test_what_is_planned_fits(seed: int) -> None:
         return resident(model) + live.peak
 
     lean, full = peak_with(checkpoint="offload"), peak_with(checkpoint="none")
-    budget = round(lean * 1.02 + draw.random() * (full - lean) * 1.05)
+    budget = round(lean * 1.05 + draw.random() * (full - lean) * 1.05)
     measured = peak_with(checkpoint="auto", memory=budget, batch=batch, seq=seq)
     plan = model.__dict__["_fastpeft_plan"]
     assert measured <= budget and plan.peak <= budget
