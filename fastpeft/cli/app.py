@@ -245,6 +245,13 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_RUN)
     ] = False,
+    checkpoint: Annotated[
+        Checkpoint,
+        Option(help="What layers keep for the backward.", rich_help_panel=_RUN),
+    ] = Checkpoint.none,
+    optim: Annotated[
+        Optim, Option(help="Optimizer; 8-bit, paged ones and lion need bitsandbytes.", rich_help_panel=_TRAINING)
+    ] = Optim.adamw,
     eval_steps: Annotated[
         int, Option(min=0, help="Evaluate every so many steps; 0: before and after.", rich_help_panel=_RUN)
     ] = 0,

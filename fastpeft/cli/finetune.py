@@ -34,6 +34,8 @@ from fastpeft.cli.models import (
 )
 from fastpeft.cli.options import CURVE_FILE, INTERRUPTED, METRICS_FILE, RUN_FILE, FinetuneOptions
 from fastpeft.cli.record import draw, metrics_of, show_end, show_start
+from fastpeft.memory import find_layers, install
+from fastpeft.memory.optimizers import OPTIMIZERS
 
 _LENGTH = 1024
 
@@ -130,7 +132,7 @@ def _training_arguments(options: FinetuneOptions, rows: _Rows, device: torch.dev
         "warmup_steps": warmup,
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
-        "optim": "adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch",
+        "optim": _optimizer(options.optim, device),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": device.type == "cpu",
@@ -162,6 +164,19 @@ def _training_arguments(options: FinetuneOptions, rows: _Rows, device: torch.dev
     return arguments, per_epoch
 
 
+def _optimizer(name: str, device: torch.device) -> str:
+    """What Transformers calls it."""
+    if name == "adamw":
+        return "adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch"
+    optimizer = OPTIMIZERS[name]
+    if optimizer.bitsandbytes:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise CommandError(f"--optim {name} needs bitsandbytes: pip install 'fastpeft[bitsandbytes]'")
+        if optimizer.paged and device.type != "cuda":
+            raise CommandError(f"--optim {name}: paged states need a CUDA GPU; take {name.removeprefix('paged_')}")
+    return optimizer.transformers
+
+
 def _adapted(options: FinetuneOptions, model: Any) -> Any:
     from transformers import set_seed
 
@@ -184,7 +199,9 @@ def _adapted(options: FinetuneOptions, model: Any) -> Any:
     except (ValueError, NotImplementedError) as error:
         raise CommandError(f"--target-modules {options.target_modules}: {error}") from None
     if options.patch:
-        fastpeft.patch(model)
+        fastpeft.patch(model, checkpoint=None if options.checkpoint == "none" else options.checkpoint)
+    elif options.checkpoint != "none":
+        install(model, [options.checkpoint] * len(find_layers(model)))
     return model
 
 

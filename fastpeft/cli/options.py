@@ -51,6 +51,8 @@ class FinetuneOptions:
     device: str = "auto"
     patch: bool = True
     gradient_checkpointing: bool = False
+    checkpoint: str = "none"
+    optim: str = "adamw"
     eval_steps: int = 0
     save_steps: int = 200
     keep_checkpoints: int = 1

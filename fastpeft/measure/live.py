@@ -95,12 +95,13 @@ class LiveMemory(TorchDispatchMode):
 
 def _own_flops(func: Any, name: str, args: Any) -> int:
     """Of an operator of fastpeft: each row meets every element of each weight and adapter, in the backward twice."""
-    if "lora" not in name and "linear" not in name:
+    if not any(part in name for part in ("lora", "linear", "shrink", "dora")):
         return 0
     given = {a.name: value for a, value in zip(func._schema.arguments, args)}
     factors = [given[key] for key in ("weight", "A", "B") if isinstance(given.get(key), Tensor)]
     rows = next((a.shape[:-1].numel() for a in args if isinstance(a, Tensor) and a.dim() >= 2), 0)
-    return (4 if "backward" in name else 2) * rows * sum(f.numel() for f in factors if f.dim() == 2)
+    twice = "backward" in name or given.get("products") is True  # the loss makes its logits and, with them, a gradient
+    return (4 if twice else 2) * rows * sum(f.numel() for f in factors if f.dim() == 2)
 
 
 class FusedOnMeta(TorchFunctionMode):

@@ -150,7 +150,7 @@ def _reshaped(func: Any, args: Any, kwargs: Any) -> Any:
     logits = args[0]
     if not isinstance(logits, Logits) or not logits.pending:
         return NotImplemented
-    shape = func(torch.empty(logits.shape, device="meta"), *args[1:], **kwargs).shape
+    shape = func(torch.empty((), device="meta").expand(logits.shape), *args[1:], **kwargs).shape
     if not shape or shape[-1] != logits.shape[-1] or 0 in shape:
         return NotImplemented
     hidden = logits.origin.hidden

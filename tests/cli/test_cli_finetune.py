@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -227,3 +228,21 @@ def test_a_loss_that_is_no_number_stops_the_run(run: Callable, monkeypatch: pyte
     compute = RowTrainer.compute_loss
     monkeypatch.setattr(RowTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * float("nan"))
     assert not (run("out", "--steps", 3, code=2) / "adapter_config.json").exists()
+
+
+def test_optimizer_and_checkpointing_by_name(
+    fastpeft_command: Callable[..., Any], tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Checkpointing changes no number; bitsandbytes' optimizers train."""
+    losses = []
+    for number, extra in enumerate([(), ("--checkpoint", "mlp"), ("--checkpoint", "block", "--no-patch")]):
+        out = tmp_path / str(number)
+        common = ("--model", tiny_model, "--data", data, "--out", out, "--steps", 3, "--samples", 0, "--device", "cpu")
+        fastpeft_command("finetune", *common, *extra)
+        losses.append([row["loss"] for row in json.loads((out / "metrics.json").read_text())["train"]])
+    assert losses[0] == losses[1] and losses[2] == pytest.approx(losses[0], rel=1e-4)
+    common = ("--model", tiny_model, "--data", data, "--steps", 2, "--samples", 0, "--device", "cpu")
+    if importlib.util.find_spec("bitsandbytes"):
+        fastpeft_command("finetune", *common, "--out", tmp_path / "eight", "--optim", "adamw_8bit")
+        told = fastpeft_command("finetune", *common, "--out", tmp_path / "paged", "--optim", "paged_adamw_8bit", code=2)
+        assert "need a CUDA GPU" in told.output

@@ -60,8 +60,9 @@ def saved(model: Any) -> int:
     return count
 
 
-@pytest.mark.parametrize("implementation", ["fastpeft", "eager"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "implementation"), [*((name, "fastpeft") for name in SHAPES), ("llama", "eager"), ("gemma3_text", "eager")]
+)
 def test_activations_and_peak(name: str, implementation: str) -> None:
     """Layers' saved bytes within 2 %, the step's peak within 10 %, in every mode."""
     method = Method("lora", 8, 0.05, "all-linear", torch.float32, implementation)
@@ -158,8 +159,8 @@ def test_command(fastpeft_command: Callable[..., Any], tmp_path: Path) -> None:
     )
     again = json.loads(fastpeft_command(*common, "--method", "qlora", "--json", "--checkpoint", "mlp").stdout)
     assert again["estimates"] == [report["estimates"][2]]
-    fitting = fastpeft_command(*common, "--fit", "1GiB", "--checkpoint", "block", "--json").stdout
-    assert all(e["peak"] <= 2**30 for e in json.loads(fitting)["estimates"])
+    fitting = fastpeft_command(*common, "--fit", "600MiB", "--checkpoint", "block", "--json").stdout
+    assert all(e["peak"] <= 600 << 20 for e in json.loads(fitting)["estimates"])
     assert "with --fit" in fastpeft_command(*common, "--checkpoint", "auto", code=2).output
     assert "not even one row" in fastpeft_command(*common, "--fit", "1MiB", "--checkpoint", "block", code=2).output
 
