@@ -56,9 +56,8 @@ def sweep(options: BenchOptions) -> dict[str, Any]:
                 memory[name, mode] = _memory(name, _line(options, method, mode, lengths))
         with console.status(f"building the models of {method}"):
             runners = {(n, m): Runner(n, _line(options, method, m, None)) for n, m in lines}
-        estimators = {
-            n: _estimator(config, options, method, n, runners[n, modes[0]]) for n in names if (n, modes[0]) in runners and n != "compile"
-        }
+        counted = [n for n in names if (n, modes[0]) in runners and n != "compile"]
+        estimators = {n: _estimator(config, options, method, n, runners[n, modes[0]]) for n in counted}
         for index, length in enumerate(lengths):
             for runner in runners.values():
                 runner.options.seq = length

@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers.dora import DoraCaching
-from ..ops.backend import autocast_enabled
 from ..ops import dora_linear, lora_linear
+from ..ops.backend import autocast_enabled
 from ..ops.nf4 import DTYPES, Weight4bit
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
 

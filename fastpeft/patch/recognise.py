@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..ops.backend import autocast_enabled
 from ..ops.activation import ACTIVATIONS
+from ..ops.backend import autocast_enabled
 from ..ops.glu import NATIVE_ELEMENTS, glu, glu_reference
 from ..ops.layer_norm import formula as layer_norm_formula
 from ..ops.layer_norm import layer_norm

@@ -49,9 +49,7 @@ def _compare(model: Any, expected: dict[str, torch.Tensor]) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad:
             gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{mode} {name}: {m}"
-            )
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
