@@ -128,6 +128,8 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if attn_mask is not None and attn_mask.dtype is torch.bool:  # as PyTorch does, and keeps
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

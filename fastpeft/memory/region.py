@@ -82,6 +82,12 @@ class Region:
         self._slots = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         self._asks = [t.requires_grad for t in inputs]
         self._inputs = {storage_key(t) for t in inputs}
+        for t in inputs:
+            if t.requires_grad:
+                # Its gradient comes when the layer's backward is over. What nobody asked for by then (a node that never
+                # runs saved it) would stay to the end of the whole backward, of every layer.
+                t.register_hook(_clearing(self._found))
+                break
         self._devices = sorted({t.device.index for t in inputs if t.is_cuda})
         self._types = {t.device.type for t in inputs} - {"meta"} or {"cpu"}
         self._random = _random_state(self._devices)
@@ -180,6 +186,15 @@ class Region:
                 f"the recomputation of this layer made {len(self._found)} tensors for its backward, its forward "
                 f"{self._count}: its code does not do the same twice; give it checkpoint mode 'none'"
             )
+
+
+def _clearing(found: dict[int, Tensor]) -> Callable[[Tensor], None]:
+    """A hook that empties `found`; it holds nothing else of the region, for its tensor may live long."""
+
+    def clear(_: Tensor) -> None:
+        found.clear()
+
+    return clear
 
 
 def _never(_: Any) -> Tensor:

@@ -136,6 +136,8 @@ class Deferred(Tensor):
                 result = handler(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
+        if func is Tensor.register_hook and _only_waits(*args, **kwargs):
+            return args[0]._cell.hooks.append(args[1])
         if func in _ASK_FOR_A_GRADIENT:
             tree_map_only(Deferred, _refuse_if_consumed, (args, kwargs))
         args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs))
@@ -170,6 +172,7 @@ class _Cell:
         self.trained = parent is None and any(t.requires_grad and t.is_leaf for t in inputs)
         self.steps = _STEPS.now() if self.trained else 0
         self.consumed = False
+        self.hooks: list[Any] = []  # for the value, if it is computed
         self._value: Tensor | None = None
         self._version = 0  # of the value, when it was computed
         self._below: Tensor | None = None
@@ -181,6 +184,8 @@ class _Cell:
         if self._value is None:
             with self._as_it_would_have_run():
                 self._value = self._run(_Cell.value)
+            for hook in self.hooks if self._value.requires_grad else ():
+                self._value.register_hook(hook)
             self._version = self._value._version
         return self._value
 
@@ -274,6 +279,15 @@ def _all_pending(args: tuple[Any, ...]) -> bool:
     return all(arg.pending for arg in args if isinstance(arg, Deferred))
 
 
+def _only_waits(deferred: Any, hook: Any) -> bool:
+    """FSDP2 puts a hook on every output, to see the backward begin; the loss that was computed without this tells it.
+
+    Asked for the value it would make the logits, and gather nothing else by it.
+    """
+    fsdp = (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
+    return fsdp and isinstance(deferred, Deferred) and deferred.pending and deferred._cell.consumed
+
+
 def _refuse_if_consumed(deferred: Deferred) -> None:
     if deferred._cell.consumed:
         raise RuntimeError(
@@ -329,7 +343,7 @@ _METADATA: set[Callable[..., Any]] = {
         for name in (
             "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "itemsize", "nbytes",
             "output_nr", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_sparse_csr", "is_mkldnn",
-            "is_quantized", "is_nested",
+            "is_quantized", "is_nested", "_base",
         )
     ),
     *(

@@ -277,7 +277,7 @@ def _one_product(
         return "never", "weights of 4 bits are decoded one by one"
     operands = [c.operands for c in members]
     weights, biases = [o[0] for o in operands], [o[1] for o in operands]
-    if len({w.data_ptr() for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
+    if len({w.data_ptr() or id(w) for w in weights}) < len(weights) or any(id(w) in tied for w in weights):
         return "never", "a weight is tied to another module"
     if any(c.transposed for c in members):
         return "never", "a Conv1D keeps its weight transposed"

@@ -2,7 +2,8 @@
 
 A module is a norm or an activation if, on random rows, its output and its gradients are those of one of the formulas in
 float64, and the operator errs at most twice as much as the module does. What the module returns for an input of another
-dtype, or under autocast, is tried when such an input first comes.
+dtype, or under autocast, is tried when such an input first comes. Of a module on the meta device, which has no numbers,
+the code is tried on the CPU, with random parameters.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ class Spec:
     ) -> list[tuple[Tensor, Tensor, Tensor]] | None:
         """(ours, the module's, in float64) of the result and of each gradient; None if the module fails."""
         dtype, autocast = key
+        if device.type == "meta":
+            device = torch.device("cpu")
+            parameters = tuple(None if t is None else torch.rand(t.shape).to(t.dtype) for t in parameters)
         x, dy = _rows(width, dtype, device)
         leaves = [t.detach().clone().requires_grad_() for t in parameters if t is not None]
         own = _filled(parameters, leaves)
@@ -176,7 +180,7 @@ def may_be_recognised(module: nn.Module) -> bool:
         and not module._modules
         and not module._buffers
         and own.keys() <= {"weight", "bias"}
-        and all(t is None or (t.dim() == 1 and not t.is_meta) for t in own.values())
+        and all(t is None or t.dim() == 1 for t in own.values())
         and "forward" not in module.__dict__
         and "_hf_hook" not in module.__dict__
         and not any(hooks_of((module,)))

@@ -87,7 +87,7 @@ def test_llama_3_8b_layer_in_every_mode() -> None:
     kept = {mode: counts.layers[0][mode].kept / 2048 for mode in MODES}
     again = {mode: counts.flops([mode] * 32) / counts.flops(["none"] * 32) - 1 for mode in MODES}
     print({mode: (round(kept[mode]), f"+{100 * again[mode]:.1f} %") for mode in MODES})
-    assert kept["selective"] <= 96_000 and again["selective"] == 0
+    assert kept["selective"] <= 96_000 and again["selective"] <= 0.002  # the adapters' first products
     assert kept["mlp"] <= 38_500 and again["mlp"] <= 0.27
     assert kept["block"] <= 8_500 and again["block"] <= 0.34
     assert kept["offload"] == 0
