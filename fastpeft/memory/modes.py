@@ -55,7 +55,7 @@ def is_product(func: Any) -> bool:
     if namespace == "aten":
         return name in _ATEN_PRODUCTS
     if namespace.startswith("fastpeft"):
-        return (name == "lora_shrink" or "linear" in name) and "backward" not in name
+        return (name in ("lora_shrink", "dora_drop_") or "linear" in name) and "backward" not in name
     return namespace == "bitsandbytes" and name.startswith(("gemv", "gemm", "int8_linear", "int8_scaled"))
 
 
@@ -64,17 +64,29 @@ def candidate(func: Any, args: tuple[Any, ...], outputs: Any) -> bool:
     if is_attention(func):
         return True
     if is_product(func):
-        return not _thin(args, outputs)
+        return not _thin(func, args, outputs)
     # Products of a batch of matrices are attention written out, whose scores are quadratic in the length, or experts.
     return _name(func)[1] in _BATCHED and any(_is_weight(a) for a in args)
 
 
-def _thin(args: tuple[Any, ...], outputs: Any) -> bool:
+def _thin(func: Any, args: tuple[Any, ...], outputs: Any) -> bool:
     out = outputs if isinstance(outputs, Tensor) else next((t for t in outputs if isinstance(t, Tensor)), None)
-    factors = [a for a in args if isinstance(a, Tensor) and a.dim() >= 2]
-    if out is None or out.dim() < 2 or not factors:
+    if out is None or out.dim() < 2:
         return False
-    return factors[-2 if len(factors) > 1 else -1].shape[-1] < THIN * out.shape[-1]
+    place = _place_of_x(func)
+    if place is None:
+        factors = [a for a in args if isinstance(a, Tensor) and a.dim() >= 2]
+        x = factors[-2 if len(factors) > 1 else -1] if factors else None
+    else:
+        x = args[place]
+    return x is not None and x.shape[-1] < THIN * out.shape[-1]
+
+
+@functools.cache
+def _place_of_x(func: Any) -> int | None:
+    """Where an operator of fastpeft's takes the rows that it multiplies."""
+    names = [argument.name for argument in func._schema.arguments]
+    return names.index("x") if _name(func)[0].startswith("fastpeft") and "x" in names else None
 
 
 def _is_weight(argument: Any) -> bool:
@@ -98,6 +110,10 @@ def keeps(mode: str, ops: list[Op], elements: int) -> set[int]:
     # An adapter's S comes before the product beside it; the output projection is the first as wide as the input.
     behind = (i for i in held if i > last and 2 * _size(ops[i].outputs) >= elements)
     end = next(behind, last)
+    # DoRA's has a second product, which is added to it, or an operator that makes that one too.
+    made = set(ops[end].makes)
+    together = made.union(*(op.writes for op in ops[end:] if not made.isdisjoint(op.writes)))
+    end = max(i for i in held if not together.isdisjoint((*ops[i].makes, *ops[i].writes)))
     return {i for i in held if i <= end}
 
 

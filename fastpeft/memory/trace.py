@@ -186,14 +186,16 @@ class Recorder(TorchDispatchMode):
     def _whole(self, index: int, supplied: set[int]) -> bool:
         """May the last value of what this operator made stand for all that was read of it?
 
-        Not if something but a writer read it before the last write, and not if a writer made other things as well, or
-        wrote to others that are not kept.
+        Not if something but a writer read it before the last write, and not if a writer made or wrote to other things
+        that are not kept: it would have to run again. Nor if the operator itself wrote to such things.
         """
+        if not supplied.issuperset(self.ops[index].writes):
+            return False
         made = set(self.ops[index].makes)
         read = False
         for op in self.ops[index + 1 :]:
             if not made.isdisjoint(op.writes):
-                if read or op.makes or op.seeded or not supplied.issuperset(op.writes):
+                if read or op.seeded or not supplied.issuperset((*op.writes, *op.makes)):
                     return False
             elif not made.isdisjoint(op.reads) and not is_view(op.func):
                 read = True
