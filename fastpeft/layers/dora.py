@@ -230,11 +230,13 @@ class DoraConv(DoraLinear):
         if base.groups == 1:
             return super()._norm(layer, adapter_name, weight)
         # A sees all input channels, so that B A has no shape that fits a grouped kernel. PEFT adds its elements in the
-        # order they lie in; the norms, and so the adapters trained with them, are of that sum.
+        # order they lie in; the norms, and so the adapters trained with them, are of that sum. A row of B A, cut into
+        # as many pieces as there are groups, thus goes to as many rows of the kernel: each has its piece of A.
         A, B = (getattr(layer, name)[adapter_name].weight.detach() for name in ("lora_A", "lora_B"))
-        product = (B.reshape(-1, A.shape[0]) @ A.flatten(1)).view(weight.shape[0], -1)
-        whole = weight.detach().flatten(1) + product * layer.scaling[adapter_name]
-        return torch.linalg.vector_norm(whole.to(torch.promote_types(whole.dtype, torch.float32)), dim=1)
+        rows, B, scaling = weight.detach().flatten(1), B.reshape(-1, A.shape[0]), layer.scaling[adapter_name]
+        pieces = A.flatten(1).split(rows.shape[1], dim=1)
+        each = [norms.weight_norm(rows[i :: len(pieces)], piece, B, scaling) for i, piece in enumerate(pieces)]
+        return torch.stack(each, dim=1).flatten()
 
     def _rows(self, layer: LoraLayer, weight: Tensor) -> Tensor:
         return weight.flatten(1)

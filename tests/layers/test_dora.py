@@ -9,6 +9,7 @@ import pytest
 import torch
 from masks import exchanged_masks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import layers
@@ -86,6 +87,41 @@ def test_equals_peft(kind, dropout):
     linear = kind in ("linear", "no bias", "Conv1D")  # other kinds draw their masks as PEFT does
     with exchanged_masks(theirs) if linear else contextlib.nullcontext():
         assert error(run(ours, example(kind)), run(theirs, example(kind))) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding", "conv2d", "grouped"])
+def test_nothing_as_large_as_the_weight_is_made(kind):
+    """No B A, no identity, no copy of W: the norms take N r + r² numbers, and the rest is the size of the output."""
+    wide = {
+        "linear": (lambda: nn.Linear(128, 160), (2, 128)),
+        "Conv1D": (lambda: Conv1D(160, 128), (2, 128)),
+        "embedding": (lambda: nn.Embedding(900, 32), (3,)),
+        "conv2d": (lambda: nn.Conv2d(48, 64, 3), (1, 48, 3, 3)),
+        "grouped": (lambda: nn.Conv2d(48, 64, 3, groups=2), (1, 48, 3, 3)),
+    }
+    name, base, shape = KINDS[kind][0], *wide[kind]
+    config, extra = options(kind)
+    base = base().requires_grad_(False)
+    layer = getattr(layers, name)(base, "default", r=4, lora_alpha=6, config=LoraConfig(**config), **extra)
+    shake(layer)
+    x = torch.randint(0, 900, shape) if kind == "embedding" else torch.randn(shape)
+    known = {p.data_ptr() for p in layer.parameters()}
+    made = [0]
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                    made.append(t.untyped_storage().nbytes())
+            return out
+
+    with Made():
+        y = layer(x)
+        y.sum().backward()
+    gradients = max(p.grad.nbytes for n, p in layer.named_parameters() if "lora" in n)
+    assert max(made) <= max(gradients, y.nbytes, x.nbytes)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")

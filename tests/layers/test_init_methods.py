@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from types import SimpleNamespace
 
@@ -126,6 +127,31 @@ def test_quantised_storage_is_refused():
     config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["x"])
     with pytest.raises(TypeError, match="initialize PiSSA under float32, float16, or bfloat16, not torch.int8"):
         layers.Linear(base, "default", r=2, lora_alpha=4, config=config)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq_equals_peft(monkeypatch, bits, iterations):
+    utils = pytest.importorskip("peft.utils.loftq_utils")
+    theirs = inspect.unwrap(utils.loftq_init)  # which computes on "cuda", and is to be compared here
+    consts = tuple("cpu" if const == "cuda" else const for const in theirs.__code__.co_consts)
+    monkeypatch.setattr(theirs, "__code__", theirs.__code__.replace(co_consts=consts))
+    weight = base_layer().weight
+    want_weight, want_A, want_B = utils.loftq_init(weight, num_bits=bits, reduced_rank=R, num_iter=iterations)
+    config = LoraConfig(
+        r=R,
+        init_lora_weights="loftq",
+        loftq_config={"loftq_bits": bits, "loftq_iter": iterations},
+        target_modules=["x"],
+    )
+    layer = layers.Linear(base_layer(), "default", r=R, lora_alpha=R, config=config)
+    for got, want in (
+        (layer.get_base_layer().weight, want_weight),
+        (layer.lora_A["default"].weight.abs(), want_A.abs()),  # up to the sign of the singular vectors
+        (layer.lora_B["default"].weight.abs(), want_B.abs()),
+        (layer.get_delta_weight("default"), want_B @ want_A),
+    ):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -30,6 +32,7 @@ def models(tmp_path):
     quantised = Net(lambda k, n: bnb.nn.Linear4bit(k, n, compute_dtype=torch.float32, quant_type="nf4"))
     quantised.load_state_dict(exact.state_dict())
     quantised = quantised.to("cpu")
+    quantised.is_loaded_in_4bit = True  # as Transformers sets it; by it peft knows what it adapts
     model = peft.get_peft_model(quantised, peft.LoraConfig(r=16, lora_alpha=16, target_modules=["one", "two"]))
     save_file(exact.state_dict(), tmp_path / "model.safetensors")
     return exact, model, tmp_path
@@ -68,3 +71,17 @@ def test_what_cannot_be(models, tmp_path):
         replace_lora_weights_loftq(model)
     with pytest.raises(ValueError, match="No bnb LoRA module"):
         replace_lora_weights_loftq(peft.get_peft_model(Net(nn.Linear), peft.LoraConfig(target_modules=["one"])))
+
+
+def test_equals_peft(models, monkeypatch):
+    exact, model, path = models
+    utils = peft.utils.loftq_utils
+    theirs = inspect.unwrap(utils._loftq_init_new)  # which computes on "cuda", and is to be compared here
+    consts = tuple("cpu" if const == "cuda" else const for const in theirs.__code__.co_consts)
+    monkeypatch.setattr(theirs, "__code__", theirs.__code__.replace(co_consts=consts))
+    found = []
+    for replace in (utils.replace_lora_weights_loftq, replace_lora_weights_loftq):
+        replace(model, str(path / "model.safetensors") if replace is not replace_lora_weights_loftq else str(path))
+        found.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n})
+    for name, value in found[0].items():  # up to the sign of the singular vectors
+        torch.testing.assert_close(found[1][name].abs(), value.abs(), atol=1e-5, rtol=1e-3)

@@ -146,6 +146,19 @@ def test_changed_base_written_as_plain_lora(tmp_path, method, changes):
         assert plain.peft_config["default"].init_lora_weights is True
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "orthogonal", "gaussian"])
+def test_files_of_a_changed_base_load_in_peft(tmp_path, method):
+    """Which changes its base in the same way when it loads them."""
+    peft = pytest.importorskip("peft")
+    model = prepared(fastpeft, method)
+    train(model)
+    want = model(X)
+    model.save_pretrained(tmp_path)
+    for library in (fastpeft, peft):
+        again = library.PeftModel.from_pretrained(Net(), tmp_path)
+        torch.testing.assert_close(again(X), want, atol=1e-5, rtol=1e-4)
+
+
 def test_modules_to_save_survive_the_conversion(tmp_path):
     model = prepared(fastpeft, "pissa", target_modules=["inner"], modules_to_save=["outer"])
     model.save_pretrained(tmp_path / "initial")
