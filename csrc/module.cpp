@@ -20,6 +20,15 @@ PyObject* select_isa(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+// MKL takes its best code on processors of one maker only: decisions.py asks for this.
+PyObject* maker(PyObject*, PyObject*) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("amd")) return PyUnicode_FromString("amd");
+  if (__builtin_cpu_is("intel")) return PyUnicode_FromString("intel");
+#endif
+  return PyUnicode_FromString("other");
+}
+
 PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   const char* compiler = "clang " __clang_version__;
@@ -45,6 +54,7 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "isa() -> str\n\nThe instruction set that the CPU kernels use now."},
+    {"maker", maker, METH_NOARGS, "maker() -> str\n\nOf the processor: 'amd', 'intel' or 'other'."},
     {"select_isa", select_isa, METH_VARARGS,
      "select_isa(name)\n\nUse 'avx512', 'avx2', 'scalar' or 'auto' (the best); ValueError if it cannot be used."},
     {"build_info", build_info, METH_NOARGS,

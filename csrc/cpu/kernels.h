@@ -33,6 +33,20 @@ struct Group {
 using ParallelFor = void (*)(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 // One struct an operator, filled at the end of the header that has its kernels.
+struct GemmKernels {
+  // y = or += a b, all fp32. turned: the rows of the operand are the columns of the matrix.
+  void (*product)(
+      const Matrix& a,
+      bool a_turned,
+      const Matrix& b,
+      bool b_turned,
+      const Matrix& y,
+      bool add_to,
+      int64_t threads,
+      ParallelFor parallel
+  );
+};
+
 struct LoraLinearKernels {
   void (*shrink)(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor parallel);
   void (*expand)(
@@ -331,6 +345,7 @@ struct Nf4Kernels {
 
 struct Kernels {
   const char* name;
+  GemmKernels gemm;
   LoraLinearKernels lora_linear;
   LoraLinearSmallKernels lora_linear_small;
   LoraEmbeddingKernels lora_embedding;

@@ -3,6 +3,7 @@
 
 #include "cross_entropy.h"
 #include "dora_linear.h"
+#include "gemm.h"
 #include "glu.h"
 #include "layer_norm.h"
 #include "lora_embedding.h"
@@ -20,6 +21,7 @@ namespace fastpeft {
 
 const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_TEXT(FASTPEFT_ISA),
+    FASTPEFT_ISA::gemm_kernels,
     FASTPEFT_ISA::lora_linear_kernels,
     FASTPEFT_ISA::lora_linear_small_kernels,
     FASTPEFT_ISA::lora_embedding_kernels,

@@ -95,6 +95,9 @@ class LiveMemory(TorchDispatchMode):
 
 def _own_flops(func: Any, name: str, args: Any) -> int:
     """Of an operator of fastpeft: each row meets every element of each weight and adapter, in the backward twice."""
+    if name in ("gemm", "gemm_"):
+        a, b = args[:2] if name == "gemm" else args[1:3]
+        return 2 * a.numel() * b.shape[1]
     if not any(part in name for part in ("lora", "linear", "shrink", "dora")):
         return 0
     given = {a.name: value for a, value in zip(func._schema.arguments, args)}

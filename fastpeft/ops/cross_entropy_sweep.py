@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import steps
+from . import gemm, steps
 from .backend import OPS, define
 from .cross_entropy import accumulator, new_state
 
@@ -55,19 +55,17 @@ class _Tiles:
         rows, columns = i[1] - i[0], j[1] - j[0]
         z = self._space[: rows * columns].view(rows, columns)
         h = self.h[i[0] : i[1]]
-        if self.bias is None:
-            torch.mm(h, weights.t(), out=z)
-        else:
-            torch.addmm(self.bias[j[0] : j[1]].to(h.dtype), h, weights.t(), out=z)
+        bias = None if self.bias is None else self.bias[j[0] : j[1]].to(h.dtype)
+        gemm.linear(self.backend, h, weights, bias, out=z)
         if self.s is not None and self.B is not None:
             steps.expand_(self.backend, z, self.s[i[0] : i[1]], self.B[j[0] : j[1]], (columns,))
         return z
 
 
-def add_product_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product_(backend: str, acc: Tensor, a: Tensor, b: Tensor) -> None:
     """acc += a b, acc being fp32 beside 16-bit operands."""
     if acc.dtype is a.dtype:
-        acc.addmm_(a, b)
+        gemm.addmm_(backend, acc, a, b)
     elif acc.is_cuda:
         acc.add_(torch.mm(a, b, out_dtype=acc.dtype))
     else:
@@ -100,7 +98,7 @@ def forward_reference(
             z = tiles.logits(i, j, w)
             accumulate(z, labels[i[0] : i[1]], j[0], scale, cap, part, acc)
             if acc is not None:
-                add_product_(acc, z, w)
+                add_product_(backend, acc, z, w)
         state[:, i[0] : i[1]] = part
     return state, sums
 
@@ -136,9 +134,9 @@ def backward_reference(
             dz, here = tiles.logits(i, j, w), slice(i[0], i[1])
             OPS[backend].cross_entropy_gradient_(dz, labels[here], j[0], scale, cap, rows[:, here].contiguous())
             if need[0]:
-                add_product_(sum_h[here], dz, w)
+                add_product_(backend, sum_h[here], dz, w)
             if of_weight is not None:
-                of_weight.add(torch.mm(dz.t(), h[here]))
+                of_weight.add(gemm.mm(backend, dz.t(), h[here]))
             if of_bias is not None:
                 of_bias.add(dz.sum(0, dtype=acc))
             if (need[3] or need[4]) and s is not None and B is not None:

@@ -4,6 +4,8 @@
 of the same form to the user's cache (`FASTPEFT_CACHE`, else `$XDG_CACHE_HOME/fastpeft`, else `~/.cache/fastpeft`),
 which then takes its place.
 
+    gemm.cpu.float32                    rows: from so many rows of its left operand on a product is ours, null: never
+                                        processors: of which makers; null: of all
     linear_4bit.<device type>.<dtype>   forward, backward: up to so many rows of the input the 4-bit weight is decoded
                                         where it is used; above, by panels for the vendor's product
                                         panel_bytes: of the scratch that a panel is decoded into, at most 4 MiB
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from .backend import cpu_extension
 
 MAX_PANEL_BYTES = 4 << 20
 
@@ -32,6 +37,7 @@ class Rows(NamedTuple):
 
 _OTHERS = Rows(0, 0, MAX_PANEL_BYTES)
 _rows: dict[tuple[str, torch.dtype], Rows] = {}
+_gemm = [math.inf]
 
 
 def path_of_user() -> Path:
@@ -74,10 +80,18 @@ def save(table: dict[str, Any]) -> Path:
     return path
 
 
+def gemm_rows() -> float:
+    """From how many rows of its left operand on a product of fp32 matrices on the CPU is ours; infinity: never."""
+    if not _rows:
+        ready()
+    return _gemm[0]
+
+
 def forget() -> None:
     """Read the table anew at the next question."""
     load.cache_clear()
     _rows.clear()
+    _gemm[0] = math.inf
 
 
 def linear_4bit(device_type: str, dtype: torch.dtype) -> Rows:
@@ -90,9 +104,18 @@ def linear_4bit(device_type: str, dtype: torch.dtype) -> Rows:
 def ready() -> None:
     """Read the table, so that torch.compile finds a dictionary and not a file."""
     if not _rows:
+        _gemm[0] = _gemm_rows(load()[0]["gemm"]["cpu"]["float32"])
         for device_type, of_device in load()[0]["linear_4bit"].items():
             for name, entry in of_device.items():
                 _rows[device_type, getattr(torch, name)] = _checked(entry)
+
+
+def _gemm_rows(entry: dict[str, Any]) -> float:
+    extension = cpu_extension()
+    makers = entry["processors"]
+    if entry["rows"] is None or extension is None or extension.isa() == "scalar":
+        return math.inf
+    return int(entry["rows"]) if makers is None or extension.maker() in makers else math.inf
 
 
 def _checked(entry: dict[str, Any]) -> Rows:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dora_products as dora_products  # declares the operators
-from . import native, philox
+from . import gemm, native, philox
 from .backend import OPS, cpu_extension
 from .lora_linear import rows_of, shaped
 from .promise import Promise, Watch
@@ -122,13 +122,14 @@ def project(
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s = s_all[:, g * r : g * r + B.shape[1]]
         if seed is None:
-            y = t = F.linear(flat, w, b)
+            y = t = gemm.linear(plan.backend, flat, w, b)
             ops.dora_expand_(y, s, B, gain, b)
         elif plan.gathers(flat):
-            y = F.linear(flat, w)
+            y = gemm.linear(plan.backend, flat, w, None)
             t = ops.dora_drop_(y, flat, w, s, B, gain, b, plan.p, seed, g)
         else:
-            y, t = F.linear(flat, w), F.linear(ops.dropout(flat, plan.p, seed, g), w)
+            y = gemm.linear(plan.backend, flat, w, None)
+            t = gemm.linear(plan.backend, ops.dropout(flat, plan.p, seed, g), w, None)
             ops.dora_mix_(y, t, s, B, gain, b)
         outputs.append(shaped(y, lead))
         kept.append(t)
@@ -172,7 +173,7 @@ def collect(
         s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
         g, anew = 1 + gain, again[i] or (t is not None and _hides(seed, gain))
         if anew and made is not None:
-            t = F.linear(made(), w)
+            t = gemm.linear(plan.backend, made(), w, None)
             ops.lora_expand_(t, s_i, B, [t.shape[1]])
         dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
         given_bias = b if seed is None and not anew else None
@@ -215,10 +216,10 @@ def _add_input_gradient(
     """One projection's part of dx, its rim's aside, added to dx where there is one."""
     ops = OPS[plan.backend]
     if seed is not None and not plan.gathers(dy):
-        dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
-        ops.dropout_add_(dx, torch.mm(dt, w), plan.p, seed, member)
+        dx = gemm.mm(plan.backend, dy, w) if dx is None else gemm.addmm_(plan.backend, dx, dy, w)
+        ops.dropout_add_(dx, gemm.mm(plan.backend, dt, w), plan.p, seed, member)
         return dx
-    dx = torch.mm(dt, w) if dx is None else dx.addmm_(dt, w)
+    dx = gemm.mm(plan.backend, dt, w) if dx is None else gemm.addmm_(plan.backend, dx, dt, w)
     if seed is not None:
         ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
     return dx

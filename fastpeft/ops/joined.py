@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import native, philox, steps
+from . import gemm, native, philox, steps
 from .backend import exact
 from .dora_joined import dora_joined
 from .lora_linear import check, rows_of, shaped
@@ -214,7 +214,7 @@ def _backward(
 def _weight_grads(
     plan: Projections, grads: Sequence[Tensor | None], n: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    each = [None if dy is None else torch.mm(rows_of(dy).t(), n) for dy in grads]
+    each = [None if dy is None else gemm.mm(plan.backend, rows_of(dy).t(), n) for dy in grads]
     if not plan.stacked:
         return [d if need else None for d, need in zip(each, needed)]
     return [torch.cat([n.new_zeros(k, n.shape[1]) if d is None else d for d, k in zip(each, plan.splits)])]

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native, philox, steps
+from . import gemm, native, philox, steps
 from .backend import autocast_enabled, exact, route
 from .lora_linear_small import lora_linear_small
 from .nf4 import Weight4bit
@@ -145,7 +145,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     flat = rows_of(x)
     s = steps.shrink(backend, flat, A, scaling, p, seed)
-    y = F.linear(flat, weight, bias)
+    y = gemm.linear(backend, flat, weight, bias)
     steps.expand_(backend, y, s, B, (weight.shape[0],))
     return y if x.dim() == 2 else shaped(y, x.shape[:-1]), s
 
@@ -166,7 +166,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dy = rows_of(dy)
     d_bias = dy.sum(0) if needs[3] else None
-    dx = torch.mm(dy, weight if cast is None else weight.to(cast)) if needs[0] else None
+    dx = gemm.mm(backend, dy, weight if cast is None else weight.to(cast)) if needs[0] else None
     if x is None or s is None:
         if dx is not None:
             # dA, formed of dx for want of x, is not used.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import decisions, native, philox, steps
+from . import decisions, gemm, native, philox, steps
 from .backend import OPS, autocast_enabled, exact, route
 from .lora_linear import check, rows_of, shaped
 from .nf4 import DTYPES, Weight4bit, dequantize_4bit
@@ -187,9 +187,9 @@ def linear(
                 torch.nn.functional.linear(narrow, panel, None if added is None else added[first : first + count])
             )
         elif added is None:
-            torch.mm(narrow, panel.t(), out=part)
+            gemm.linear(backend, narrow, panel, None, out=part)
         else:
-            torch.addmm(added[first : first + count], narrow, panel.t(), out=part)
+            gemm.linear(backend, narrow, panel, added[first : first + count], out=part)
     if s is not None and B is not None:
         steps.expand_(backend, y, s, B, (n,))
     return y
@@ -216,9 +216,9 @@ def input_gradient(backend: str, dy: Tensor, weight: Weight4bit, into: Tensor | 
             product = torch.mm(narrow, panel)
             part.copy_(product) if into is None else part.add_(product)
         elif into is None:
-            torch.mm(narrow, panel, out=part)
+            gemm.mm(backend, narrow, panel, out=part)
         else:
-            part.addmm_(narrow, panel)
+            gemm.addmm_(backend, part, narrow, panel)
     return dx
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import steps
+from . import gemm, steps
 from .backend import OPS, route
 from .lora_linear import column_block, rows_of, shaped
 from .nf4 import Weight4bit
@@ -115,7 +115,7 @@ def project(
             if type(w) is Weight4bit:
                 y = linear(plan.backend, flat, w, b, *rims.get(i, (None, None)))
             else:
-                y = F.linear(flat, w, b)
+                y = gemm.linear(plan.backend, flat, w, b)
                 if i in rims:
                     steps.expand_(plan.backend, y, *rims[i], (plan.splits[i],))
             outputs.append(y if len(lead) == 1 else shaped(y, lead))
@@ -128,7 +128,7 @@ def project(
     if s is not None and plan.fused and everyone:
         y = OPS[plan.backend].lora_linear_wide(flat, weights[0], bias, s, stack_columns(lora_B, r), plan.splits)
     else:
-        y = F.linear(flat, weights[0], bias)
+        y = gemm.linear(plan.backend, flat, weights[0], bias)
         if s is not None and everyone:
             steps.expand_(plan.backend, y, s, stack_columns(lora_B, r), plan.splits)
         else:
@@ -167,7 +167,7 @@ def collect(
                 if type(w) is Weight4bit:
                     dx = input_gradient(plan.backend, dy, w, dx)
                 else:
-                    dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
+                    dx = gemm.mm(plan.backend, dy, w) if dx is None else gemm.addmm_(plan.backend, dx, dy, w)
     dB: list[Tensor | None] = [None] * len(lora_B)
     if not any(dys[i] is not None for i in plan.members):
         return dx, None, dB

@@ -33,6 +33,9 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "fastpeft::gemm", "fastpeft::gemm_")
+
+
 @dataclass
 class Measured:
     """Of one layer: bytes kept per token, and how often each operator ran."""
@@ -42,9 +45,9 @@ class Measured:
     backward: Counter[str]
 
     def products(self, which: str) -> int:
-        """Matrix products by the vendor's library, "forward" or "backward"."""
+        """Products of whole matrices, the vendor's and `gemm`, "forward" or "backward"."""
         calls: Counter[str] = getattr(self, which)
-        return sum(n for name, n in calls.items() if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
+        return sum(calls[name] for name in PRODUCTS)
 
 
 def lora_layer(

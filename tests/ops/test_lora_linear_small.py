@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -53,6 +53,8 @@ def results(function: Callable[..., Tensor], values: list, c: float, magnitude: 
 def test_equals_the_formula(
     isa: str, no_worse: Callable[..., None], lead: tuple, k: int, n: int, r: int, dtype: torch.dtype, bias: bool, seed
 ) -> None:
+    # Of a handful of 16-bit numbers PyTorch may have every one exact, and then twice its error is no measure.
+    assume(dtype is torch.float32 or n >= 8)
     torch.manual_seed(seed)
     values = operands(lead, k, n, r, dtype, bias)
     exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in values]
