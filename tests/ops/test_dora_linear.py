@@ -307,3 +307,23 @@ def test_gathered_product_is_the_second_product(isa, p):
     OPS["auto"].dora_drop_backward_(dx, dy, weight, gain, p, seed, 3)
     dora_products.drop_backward_reference(exact, dy.double(), weight.double(), gain.double(), p, seed, 3)
     torch.testing.assert_close(dx.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_gathered_products_have_the_same_bits_on_any_number_of_threads():
+    """Of more panels of outputs than parts they are added up in; masks too are listed by several threads."""
+    x, weight, bias, A, B, _ = operands(520, 150, 1300, 5)
+    gain, seed, s, dy, dx = torch.randn(1300), torch.tensor([5]), x @ A.T, torch.randn(520, 1300), torch.randn(520, 150)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, d = torch.ones(520, 1300), dx.clone()
+            t = OPS["auto"].dora_drop_(y, x, weight, s, B, gain, bias, 0.05, seed, 3)
+            OPS["auto"].dora_drop_backward_(d, dy, weight, gain, 0.05, seed, 3)
+            results.append((y, t, d))
+    finally:
+        torch.set_num_threads(before)
+    exact = dx.double()
+    dora_products.drop_backward_reference(exact, dy.double(), weight.double(), gain.double(), 0.05, seed, 3)
+    torch.testing.assert_close(results[0][2].double(), exact, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
