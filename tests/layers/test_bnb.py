@@ -91,8 +91,9 @@ def test_the_general_ways_equal_peft(name: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_8bit_behaves_as_under_peft() -> None:
-    ours, theirs = both(8, dtype=torch.float16)
+@pytest.mark.parametrize("dora", [False, True])
+def test_8bit_behaves_as_under_peft(dora: bool) -> None:
+    ours, theirs = both(8, dtype=torch.float16, use_dora=dora)
     assert type(ours.base_model.model[0]) is Linear8bitLt
     x = torch.randn(5, 64).half()
     for a, b in zip(numbers(ours, x), numbers(theirs, x)):

@@ -49,6 +49,21 @@ def test_gradients_are_those_of_none(name: str, fused: bool) -> None:
             assert_equal(run(model), plain)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_dora(mode: str, p: float) -> None:
+    """Without dropout queries and keys are told by their rotation: within a layer, whoever computes it when."""
+    torch.manual_seed(0)
+    model = lora(llama(), "fastpeft", lora_dropout=p, target_modules="all-linear", use_dora=True).train()
+    fastpeft.patch(model, verify=False)
+    layers = [m for m in model.modules() if hasattr(m, "input_layernorm")]
+    assert all(layer.input_layernorm.forward.group.told[:2] == (True, True) for layer in layers)
+    plain = run(model)
+    fastpeft.patch(model, verify=False, checkpoint=mode)
+    assert installed(model) == [mode] * 2
+    assert_same(run(model), plain, tolerance=1e-6)
+
+
 @pytest.mark.parametrize("mode", RECOMPUTING)
 def test_full_fine_tuning(mode: str) -> None:
     """No adapter in sight: checkpointing is set all the same, and weights get their gradients."""
