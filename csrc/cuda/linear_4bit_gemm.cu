@@ -7,6 +7,7 @@
 // Blocks that share columns of the result split what is summed over; their parts are added by a second kernel, in order:
 // the same bits every time.
 #include "mma.cuh"
+#include "sum_parts.cuh"
 
 namespace fastpeft {
 namespace cuda {
@@ -366,28 +367,6 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_gemm_kernel(
   }
 }
 
-// out = the parts' sum, in order.
-template <typename T>
-__global__ void __launch_bounds__(256) sum_parts_kernel(
-    const float* __restrict__ work, int parts, T* __restrict__ out, int64_t stride, int rows, int columns
-) {
-  const int64_t size = static_cast<int64_t>(rows) * columns;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  float v = 0;
-  for (int p = 0; p < parts; ++p) v += work[p * size + i];
-  out[i / columns * stride + i % columns] = from_float<T>(v);
-}
-
-template <typename T>
-cudaError_t sum(const float* work, int parts, const Matrix& out, cudaStream_t stream) {
-  const int64_t size = out.rows * out.columns;
-  sum_parts_kernel<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, stream>>>(
-      work, parts, static_cast<T*>(out.data), out.stride, static_cast<int>(out.rows), static_cast<int>(out.columns)
-  );
-  return cudaGetLastError();
-}
-
 int tile_rows(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : 32; }
 
 int64_t per_part(int64_t length, int depth, int parts) {
@@ -422,7 +401,7 @@ cudaError_t start(
       static_cast<int>(rim.right_dtype), rim.left_stride, rim.column_stride, rim.rank_stride, rim.r
   );
   const cudaError_t error = cudaGetLastError();
-  return error != cudaSuccess || parts == 1 ? error : sum<T>(work, parts, out, stream);
+  return error != cudaSuccess || parts == 1 ? error : sum_parts<T>(work, parts, out, stream);
 }
 
 template <typename T, bool Backward>

@@ -224,8 +224,7 @@ Tensor linear_4bit_backward(
   const int device = dy_in.get_device_index();
   const Storage storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
   const bool takes = has_kernel(dy_in) && dy_in.dim() == 2 && readable_storage(storage) && rim_has_kernel(ds, A) &&
-                     runs(device) && tensor_cores(device, dtype_of(dy_in)) && dy_in.size(1) % 8 == 0 &&
-                     columns % 32 == 0 && blocksize >= 32;
+                     runs(device) && columns % 8 == 0 && blocksize >= 32;
   if (!takes) {
     auto stack = boxed(
         dy_in, packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, columns, ds, A
@@ -241,10 +240,12 @@ Tensor linear_4bit_backward(
   STD_TORCH_CHECK(rim.r == 0 || (ds->size(0) == dym.rows && A->size(1) == columns && A->size(0) == rim.r),
                   "ds must be (M, r) and A (r, K)");
   const Tensor dx = like(dy, dym.rows, columns);
-  const int parts = linear_4bit_parts(w, dym.rows, true, multiprocessors(device));
+  const bool cores = tensor_cores(device, dym.dtype) && dym.columns % 8 == 0 && columns % 32 == 0;
+  const int sms = multiprocessors(device);
+  const int parts = cores ? linear_4bit_parts(w, dym.rows, true, sms) : linear_4bit_backward_parts(w, dym.rows, sms);
   const Tensor work = workspace(dy, parts, dym.rows, columns);
   check(
-      linear_4bit_backward_gemm(
+      (cores ? linear_4bit_backward_gemm : linear_4bit_backward)(
           dym, w, rim, device_matrix(dx, "dx", device), static_cast<float*>(work.data_ptr()), parts,
           current_stream(device)
       ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -18,11 +19,12 @@ errors = Console(stderr=True, theme=Theme({"bad": "bold red", "warn": "yellow"})
 def quiet_libraries() -> None:
     """Keep bars and advice of the libraries underneath out of our output; their errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without the package `kernels` its import warns
     from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     disable_hub_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning)

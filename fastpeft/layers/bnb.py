@@ -21,6 +21,7 @@ from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.plain import any_global_hook, bare, dropout_probability
 from fastpeft.layers.variants import LoraVariant
+from fastpeft.ops.dora_linear import dora_linear
 from fastpeft.ops.nf4 import Weight4bit, dequantize_4bit, weight_4bit
 from fastpeft.ops.nf4_linear import nf4_linear
 from fastpeft.ops.products import MAX_RANK
@@ -130,7 +131,7 @@ class _Quantised(LoraLayer, nn.Module):
         raise NotImplementedError
 
     def base_weight(self) -> Tensor:
-        """The decoded weight: DoRA needs its rows' norms, and decodes it for each."""
+        """The decoded weight."""
         return self.dequantized_weight()
 
     def _set_weight(self, weight: Tensor) -> None:
@@ -260,39 +261,46 @@ class Linear4bit(_Quantised):
         )
         base.weight = new.to(old.device)
 
+    def norm_weight(self) -> Any:
+        """The base weight as it is: its rows' norms are made of panels of it."""
+        return read_4bit(self.get_base_layer())
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters'; `adapter_names`: one adapter a sample instead."""
-        if not args and not kwargs:
-            operands = self._operands(x)
-            if operands is not None:
-                return nf4_linear(x, *operands)
-        return super().forward(x, *args, **kwargs)
+        y = None if args or kwargs else self._fused(x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
-    def _operands(self, x: Tensor) -> tuple[Any, ...] | None:
-        """The operands of `nf4_linear` after x, if a plain adapter, or none, on a plain layer is all there is."""
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The operator's output, if a plain or DoRA adapter, or none, on a plain layer is all there is to compute."""
         base = self._modules["base_layer"]
         if not is_plain_4bit(base) or any_global_hook():
             return None
-        bias = base._parameters.get("bias")  # type: ignore[union-attr]
+        bias: Any = base._parameters.get("bias")  # type: ignore[union-attr]
         if self.merged_adapters:
-            return None if self._disable_adapters else (read_4bit(base), bias)
+            return None if self._disable_adapters else nf4_linear(x, read_4bit(base), bias)
         if self._disable_adapters:
-            return read_4bit(base), bias
+            return nf4_linear(x, read_4bit(base), bias)
         active = self.active_adapters
-        if len(active) != 1 or self.lora_variant:
+        if len(active) != 1:
             return None
         name = active[0]
         if not self._has_adapter(name):
-            return read_4bit(base), bias
+            return nf4_linear(x, read_4bit(base), bias)
         A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        p, scaling = dropout_probability(dropout), self.scaling[name]
+        p, scaling, variant = dropout_probability(dropout), self.scaling[name], self.lora_variant.get(name)
         if not (type(A) is type(B) is nn.Linear and bare(A, B)) or p >= 1.0 or type(scaling) not in (float, int):
             return None
         if B.bias is not None or self.r[name] > MAX_RANK:
             return None
         if not self.cast_input_dtype_enabled and x.dtype != A.weight.dtype:
             return None
-        return read_4bit(base), bias, A.weight, B.weight, scaling, p
+        if variant is None:
+            return nf4_linear(x, read_4bit(base), bias, A.weight, B.weight, scaling, p)
+        if type(variant) is not DoraLinear:
+            return None
+        magnitude: Any = self.lora_magnitude_vector[name].weight
+        norm = variant.known_norm(self, name)
+        return dora_linear(x, read_4bit(base), bias, A.weight, B.weight, magnitude, scaling, p, norm=norm)
 
 
 class Linear8bitLt(_Quantised):

@@ -141,7 +141,7 @@ class DoraLinear(LoraVariant):
             return None
         magnitude: Any = layer.lora_magnitude_vector[adapter_name]
         if magnitude.known_norm is None or magnitude.known_norm[0] != number:
-            norm = self._norm(layer, adapter_name, layer.get_base_layer().weight)
+            norm = self._norm(layer, adapter_name, layer.norm_weight())
             magnitude.known_norm = (number, norm)
         return magnitude.known_norm[1]
 
@@ -150,7 +150,7 @@ class DoraLinear(LoraVariant):
         magnitude: Any = layer.lora_magnitude_vector[adapter_name].weight
         norm = self.known_norm(layer, adapter_name)
         if norm is None:
-            norm = self._norm(layer, adapter_name, layer.base_weight())
+            norm = self._norm(layer, adapter_name, layer.norm_weight())
         norm = self._rounded(layer, adapter_name, norm)
         return (magnitude.flatten().to(norm.dtype) - norm) / norm
 

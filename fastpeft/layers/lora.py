@@ -99,6 +99,10 @@ class LoraLayer(BaseTunerLayer):
         """The base weight; a layer over a quantised one decodes it."""
         return self.get_base_layer().weight
 
+    def norm_weight(self) -> Any:
+        """The base weight as `ops.weight_norm` takes it."""
+        return self.base_weight()
+
     def _make_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         """Make A and B as PEFT makes them, random."""
         raise NotImplementedError

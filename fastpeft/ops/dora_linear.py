@@ -44,6 +44,7 @@ from . import native, philox, steps
 from .backend import autocast_enabled, exact, route
 from .dora_projections import Plan, collect, formula, hand_out, project, promised, recall, split_rows, watch
 from .lora_linear import check, rows_of
+from .nf4 import Weight4bit, dequantize_4bit
 from .projections import stack_rows
 from .promise import Promise
 
@@ -62,8 +63,9 @@ def dora_linear(
 ) -> Tensor:
     """y (..., N) of one layer, in the dtype of the base product.
 
-    x: (..., K). weight: (N, K), any strides; frozen, or differentiated natively. lora_A: (r, K), lora_B: (N, r), r from
-    1 to 512, of one floating dtype that may differ from x's. magnitude: N elements of any shape. dropout_p: applied as
+    x: (..., K). weight: (N, K), any strides; frozen, or differentiated natively; or of 4 bits, decoded by panels for
+    the products, as in `nf4_linear`, and for the norms. lora_A: (r, K), lora_B: (N, r), r from 1 to 512, of one
+    floating dtype that may differ from x's. magnitude: N elements of any shape. dropout_p: applied as
     given, so pass 0 in evaluation. Under autocast everything but the magnitude is cast as F.linear casts. norm: what
     `weight_norm` would return, where it is known.
 
@@ -101,24 +103,33 @@ def dora_linear_group(
         check(x, w, a, b, dropout_p, "dora_linear")
         if m.numel() != w.shape[0]:
             raise ValueError(f"dora_linear: magnitude must have {w.shape[0]} elements, got {tuple(m.shape)}")
-    device, cast = x.device, None
-    if native.transformed(x, *weights, *biases, *lora_A, *lora_B, *magnitudes) or (
-        torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+    device, dtype, cast = x.device, x.dtype, None
+    packed = tuple(w if isinstance(w, Weight4bit) else None for w in weights)
+    quantised = any(w is not None for w in packed)
+    parameters = [w.packed if isinstance(w, Weight4bit) else w for w in weights]
+    if (
+        native.transformed(x, *parameters, *biases, *lora_A, *lora_B, *magnitudes)
+        or (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+        or (quantised and torch.compiler.is_compiling())
     ):
+        if quantised and autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device.type)
+        weights = [dequantize_4bit(w).to(dtype) if isinstance(w, Weight4bit) else w for w in weights]
         return formula(x, None, weights, biases, lora_A, lora_B, magnitudes, scaling, dropout_p)
     if autocast_enabled(device):
         cast = torch.get_autocast_dtype(device.type)
         x, lora_A, lora_B = x.to(cast), [a.to(cast) for a in lora_A], [b.to(cast) for b in lora_B]
     known = (None,) * len(weights) if norms is None else tuple(norms)
-    plan = Plan(len(weights), tuple(float(c) for c in scaling), float(dropout_p), cast, route(device), known)
+    numbers = tuple(float(c) for c in scaling)
+    plan = Plan(len(weights), numbers, float(dropout_p), cast, route(device), known, packed if quantised else ())
     seed = philox.draw_seed(device) if philox.threshold(dropout_p) else None
     if not torch.is_grad_enabled():
         with exact(device):
-            return _forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))[1]
+            return plan.back(_forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))[1], dtype)
     promises = promised(told, magnitudes, plan.p)
-    outputs = _DoraLinear.apply(plan, promises, x, seed, *weights, *biases, *lora_A, *lora_B, *magnitudes)
+    outputs = _DoraLinear.apply(plan, promises, x, seed, *parameters, *biases, *lora_A, *lora_B, *magnitudes)
     hand_out(outputs, promises)
-    return outputs
+    return plan.back(outputs, dtype)
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -216,6 +227,8 @@ def _graph(
         if x is None:  # nothing is trained, and dx, which is linear in dy, does not hang on x
             x = inputs[0] = next(dy for dy in grads if dy is not None).new_zeros(shape, requires_grad=True)
         weights, biases, lora_A, lora_B, magnitudes = plan.lists(tensors)
+        if plan.packed:
+            weights = [t if w is None else dequantize_4bit(w).to(x.dtype) for w, t in zip(plan.packed, weights)]
         if plan.cast is not None:
             weights, biases = (
                 [w.to(plan.cast) for w in weights],

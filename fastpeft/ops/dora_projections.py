@@ -16,6 +16,8 @@ from . import dora_products as dora_products  # declares the operators
 from . import gemm, native, philox
 from .backend import OPS, cpu_extension
 from .lora_linear import rows_of, shaped
+from .nf4 import Weight4bit
+from .nf4_linear import input_gradient, linear
 from .promise import Promise, Watch
 from .weight_norm import weight_norm
 
@@ -33,15 +35,27 @@ class Plan(NamedTuple):
     cast: torch.dtype | None  # autocast's dtype, to which the base is cast in the forward and again in the backward
     backend: str
     norms: tuple[Tensor | None, ...]  # those that are known
+    packed: tuple[Weight4bit | None, ...] = ()  # the weights of 4 bits, by projection; empty without one
 
     def lists(self, tensors: Sequence[Any]) -> list[list[Any]]:
         """One flat list, cut into the lists of its kinds."""
         return [list(tensors[i : i + self.members]) for i in range(0, len(tensors), self.members)]
 
+    def weights(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The weights, where `tensors` has the packed elements of those of 4 bits."""
+        return [w if p is None else p for p, w in zip(self.packed, tensors)] if self.packed else tensors
+
+    def back(self, outputs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Under autocast: those of 4-bit weights in the input's dtype, as bitsandbytes gives them."""
+        if not self.packed or self.cast is None:
+            return tuple(outputs)
+        return tuple(y if w is None else y.to(dtype) for w, y in zip(self.packed, outputs))
+
     def gathers(self, x: Tensor) -> bool:
-        """With dropout: whether the second base product is made of the first."""
+        """With dropout: whether the second base product is made of the first, by columns of W: not of 4 bits."""
         return (
             self.backend == "auto"
+            and not self.packed
             and x.device.type == "cpu"
             and x.dtype is not torch.float64
             and self.p <= GATHER_P
@@ -87,7 +101,7 @@ def recall(
 
 
 def gain_of(
-    weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
+    weight: Tensor | Weight4bit, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """g - 1 and n, (N,) in fp32 (float64 if an operand is).
 
@@ -116,20 +130,19 @@ def project(
     """
     ops, r = OPS[plan.backend], s_all.shape[1] // plan.members
     outputs, kept, gains = [], [], []
-    for g, (w, b, A, B, m) in enumerate(zip(weights, biases, lora_A, lora_B, magnitudes)):
+    for g, (w, b, A, B, m) in enumerate(zip(plan.weights(weights), biases, lora_A, lora_B, magnitudes)):
         gain, norm = gain_of(w, A, B, m, plan.scaling[g], plan.norms[g])
         if plan.cast is not None:
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s = s_all[:, g * r : g * r + B.shape[1]]
         if seed is None:
-            y = t = gemm.linear(plan.backend, flat, w, b)
+            y = t = _base(plan, flat, w, b)
             ops.dora_expand_(y, s, B, gain, b)
         elif plan.gathers(flat):
             y = gemm.linear(plan.backend, flat, w, None)
             t = ops.dora_drop_(y, flat, w, s, B, gain, b, plan.p, seed, g)
         else:
-            y = gemm.linear(plan.backend, flat, w, None)
-            t = gemm.linear(plan.backend, ops.dropout(flat, plan.p, seed, g), w, None)
+            y, t = _base(plan, flat, w), _base(plan, ops.dropout(flat, plan.p, seed, g), w)
             ops.dora_mix_(y, t, s, B, gain, b)
         outputs.append(shaped(y, lead))
         kept.append(t)
@@ -163,7 +176,7 @@ def collect(
     parts = []
     dB: list[Any] = [None] * plan.members
     dm = list(dB)
-    for i, (grad, w, b, B, t) in enumerate(zip(grads, weights, biases, lora_B, kept)):
+    for i, (grad, w, b, B, t) in enumerate(zip(grads, plan.weights(weights), biases, lora_B, kept)):
         if grad is None:
             parts.append(lora_A[i].new_zeros(rows, r))
             continue
@@ -173,7 +186,7 @@ def collect(
         s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
         g, anew = 1 + gain, again[i] or (t is not None and _hides(seed, gain))
         if anew and made is not None:
-            t = gemm.linear(plan.backend, made(), w, None)
+            t = _base(plan, made(), w)
             ops.lora_expand_(t, s_i, B, [t.shape[1]])
         dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
         given_bias = b if seed is None and not anew else None
@@ -210,16 +223,37 @@ def _scaled_dy(plan: Plan, dy: Tensor, seed: Tensor | None, gain: Tensor) -> tup
     return dt, 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
 
 
+def _base(plan: Plan, x: Tensor, w: Tensor | Weight4bit, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, for x (M, K)."""
+    if isinstance(w, Weight4bit):
+        return linear(plan.backend, x, w, bias)
+    return gemm.linear(plan.backend, x, w, bias)
+
+
+def _base_gradient(plan: Plan, dy: Tensor, w: Tensor | Weight4bit, into: Tensor | None = None) -> Tensor:
+    """dy W, for dy (M, N); added to `into`, in place, where there is one."""
+    if isinstance(w, Weight4bit):
+        return input_gradient(plan.backend, dy, w, into)
+    return gemm.mm(plan.backend, dy, w) if into is None else gemm.addmm_(plan.backend, into, dy, w)
+
+
 def _add_input_gradient(
-    plan: Plan, dx: Tensor | None, dy: Tensor, dt: Tensor, w: Tensor, gain: Tensor, seed: Tensor | None, member: int
+    plan: Plan,
+    dx: Tensor | None,
+    dy: Tensor,
+    dt: Tensor,
+    w: Tensor | Weight4bit,
+    gain: Tensor,
+    seed: Tensor | None,
+    member: int,
 ) -> Tensor:
     """One projection's part of dx, its rim's aside, added to dx where there is one."""
     ops = OPS[plan.backend]
     if seed is not None and not plan.gathers(dy):
-        dx = gemm.mm(plan.backend, dy, w) if dx is None else gemm.addmm_(plan.backend, dx, dy, w)
-        ops.dropout_add_(dx, gemm.mm(plan.backend, dt, w), plan.p, seed, member)
+        dx = _base_gradient(plan, dy, w, dx)
+        ops.dropout_add_(dx, _base_gradient(plan, dt, w), plan.p, seed, member)
         return dx
-    dx = gemm.mm(plan.backend, dt, w) if dx is None else gemm.addmm_(plan.backend, dx, dt, w)
+    dx = _base_gradient(plan, dt, w, dx)
     if seed is not None:
         ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
     return dx

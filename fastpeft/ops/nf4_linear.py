@@ -13,6 +13,7 @@ The base product is made in the weight's `compute_dtype` where there is one (bit
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -220,6 +221,19 @@ def input_gradient(backend: str, dy: Tensor, weight: Weight4bit, into: Tensor | 
         else:
             gemm.addmm_(backend, part, narrow, panel)
     return dx
+
+
+def row_panels(weight: Weight4bit) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of W in the dtype it was quantised from), one panel after the other in one scratch."""
+    n, k = weight.shape
+    step = _step(_chosen(weight.device.type, weight, weight.dtype).panel_bytes, k, weight.dtype, n)
+    scratch = _scratch(step * k, weight.dtype, weight.device)
+    ops = OPS[route(weight.device)]
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        panel = scratch[: count * k].view(count, k)
+        ops.dequantize_4bit_(panel, *weight.storage(), k, first, 0)
+        yield slice(first, first + count), panel
 
 
 def _chosen(device_type: str, weight: Weight4bit, dtype: torch.dtype) -> decisions.Rows:

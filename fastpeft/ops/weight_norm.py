@@ -10,6 +10,9 @@ computed again from W + c B A itself, in float64.
 
 Nothing is remembered from call to call, neither of A and B, to which fused optimisers write without a trace, nor of W:
 the product with A reads W anyway, and |W_n|² is one multiplication beside its r.
+
+A weight of 4 bits is decoded by panels of rows, into the dtype it was quantised from: the norms are those of the weight
+that bitsandbytes' `dequantize_4bit` would give, and of it no more than 4 MiB is there at once.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ import torch
 from torch import Tensor
 
 from .backend import OPS, define, route
+from .nf4 import Weight4bit, dequantize_4bit
+from .nf4_linear import row_panels
 
 _LEFT_OF_TERMS = 0.25  # below this part of its terms a sum counts as cancelled: two of fp32's 24 bits
 _BLOCK = 1 << 22  # elements of W converted at a time
 
 
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+def weight_norm(weight: Tensor | Weight4bit, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """|W_n + scaling (BA)_n| for each row n: (N,) in fp32 (float64 if an operand is), detached.
 
-    weight: (N, K), any strides (a transposed view for a weight stored as (in, out)). lora_A: (r, K), lora_B: (N, r).
+    weight: (N, K), any strides (a transposed view for a weight stored as (in, out)), or of 4 bits. lora_A: (r, K),
+    lora_B: (N, r).
 
     Raises ValueError on shapes that do not fit.
     """
@@ -38,6 +44,8 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
             f"with weight {(n, k)}, lora_A must be (r, {k}) and lora_B ({n}, r), got {tuple(lora_A.shape)} and "
             f"{tuple(lora_B.shape)}"
         )
+    if isinstance(weight, Weight4bit):
+        return _by_panels(weight, lora_A.detach(), lora_B.detach(), scaling)
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling.detach(), 1.0
@@ -46,6 +54,13 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float |
     ):
         return direct(weight, lora_A, lora_B, scaling)  # sharded or batched: through ordinary operators only
     return OPS[route(weight.device)].weight_norm(weight, lora_A, lora_B, float(scaling))
+
+
+def _by_panels(weight: Weight4bit, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+    if weight.rows == 0 or type(A) not in _PLAIN or torch._C._are_functorch_transforms_active():
+        return weight_norm(dequantize_4bit(weight), A, B, scaling)
+    parts = [weight_norm(panel, A, B[rows], scaling) for rows, panel in row_panels(weight)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -37,6 +37,7 @@ from .reading import is_tuner_layer
 from .recognise import ActivationSpec, NormSpec
 from .report import Report, Row
 from .stacking import Stack
+from .tolerance import of_outputs
 from .verify import verify_alone, verify_group, verify_joined
 
 logger = logging.getLogger("fastpeft")
@@ -382,10 +383,10 @@ def _check_model(seen: Any, patching: _Patching) -> str | None:
             group.end_probing()
         for rotation in turned:
             rotation.probing = False
-    return _differ(observation.result, again)
+    return _differ(observation.result, again, patching.root)
 
 
-def _differ(first: list[Tensor], second: list[Tensor]) -> str | None:
+def _differ(first: list[Tensor], second: list[Tensor], root: nn.Module) -> str | None:
     if len(first) != len(second):
         return "the patched model returns something else"
     for a, b in zip(first, second):
@@ -393,10 +394,8 @@ def _differ(first: list[Tensor], second: list[Tensor]) -> str | None:
             return "the patched model returns other shapes or dtypes"
         if a.is_meta:
             continue
-        # Each replacement has been compared strictly; this is to catch a structure misread, whose error is of order 1.
-        limit = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
         error = _relative(a, b)
-        if not error <= limit:
+        if not error <= of_outputs(root, a.dtype):
             return f"the patched model's output differs by {error:.1e}"
     return None
 

@@ -193,8 +193,6 @@ def _check_adapter(reading: Reading) -> None:
         raise Unsupported("lora_dropout is 1: the adapter never sees its input")
     if reading.B._parameters.get("bias") is not None:
         raise Unsupported("lora_bias: the adapter has a bias of its own")
-    if reading.dora and reading.packed:
-        raise Unsupported("DoRA over a quantised weight: its norms need the weight decoded")
     if reading.dora:
         check_tensor(reading.magnitude, "lora_magnitude_vector.weight")
     A, B = reading.A._parameters["weight"], reading.B._parameters["weight"]

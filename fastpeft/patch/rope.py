@@ -28,7 +28,7 @@ from .observe import run_quietly
 from .reading import FLOATS
 from .recognise import _SAME, mode_of
 from .report import Row
-from .tolerance import FACTOR, FORMULA, distance
+from .tolerance import FACTOR, FORMULA, distance, of_outputs
 
 _TOKENS = 24  # of a trial
 
@@ -444,10 +444,9 @@ def _check(
     if [(t.shape, t.dtype) for t in before] != [(t.shape, t.dtype) for t in after]:
         return "the model returns something else with the operator"
     for a, b in zip(before, after):
-        # The function has been compared strictly; this is for what is around it, misread by order 1.
         finite = torch.isfinite(a) & torch.isfinite(b)
         apart = distance(b[finite], a[finite])
-        if not apart <= (1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2):
+        if not apart <= of_outputs(target, a.dtype):
             return f"the model's output differs by {apart:.1e} with the operator"
     return None
 

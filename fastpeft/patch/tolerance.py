@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..layers.bnb import kind_of
 
 # Ours may err at most this many times as much as the original does.
 FACTOR = 2.0
 
 # An original further than this from float64 does not compute the formula at all (fp32 may be TF32 inside).
 FORMULA = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def of_outputs(model: nn.Module, dtype: torch.dtype) -> float:
+    """How far a model's outputs in `dtype` may move where every replacement inside has been compared strictly.
+
+    This is to catch a structure misread, whose error is of order 1. Quantised layers may multiply in 16 bits or in
+    int8 whatever the dtype around them is.
+    """
+    if dtype not in _WIDE:
+        return 5e-2
+    coarse = any(
+        kind_of(m) == "8bit" or (kind_of(m) == "4bit" and getattr(m, "compute_dtype", None) not in (None, *_WIDE))
+        for m in model.modules()
+    )
+    return 5e-2 if coarse else 1e-3
 
 
 def distance(value: Tensor, truth: Tensor) -> float:

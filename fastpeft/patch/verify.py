@@ -240,9 +240,6 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
     def restore_disabled(before: bool = state["_disable_adapters"]) -> None:
         state["_disable_adapters"] = before
 
-    def restore_training(module: nn.Module, before: bool) -> None:
-        module.training = before
-
     undo.append(restore_disabled)
     state["_disable_adapters"] = False
     if reading.name is None:
@@ -253,9 +250,21 @@ def _prepare(member: LoraForward, undo: list[Callable[[], None]]) -> None:
     _replace(reading.B, _size_of_B(weight, reading.scaling[reading.name], K, r), undo)
     if reading.dora:
         _move_magnitude(reading.magnitude_module, undo)
-    dropout = reading.dropout
-    undo.append(lambda: restore_training(dropout, before))
-    before, dropout.training = dropout.training, False
+        # In training peft makes a product of its own for dropout(x) even where nothing is dropped, over 4 bits in
+        # another dtype than the base product's.
+        _evaluate(member.module, undo)
+    _evaluate(reading.dropout, undo)
+
+
+def _evaluate(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Switch one module to evaluation, not those inside it."""
+    before = module.training
+
+    def restore() -> None:
+        module.training = before
+
+    undo.append(restore)
+    module.training = False
 
 
 def _move_magnitude(part: Any, undo: list[Callable[[], None]]) -> None:

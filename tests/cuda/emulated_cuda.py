@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_toolkit  # noqa: E402
 
-SOURCES = ("dequantize_4bit", "linear_4bit_gemv", "linear_4bit_gemm")
+SOURCES = ("dequantize_4bit", "linear_4bit_gemv", "linear_4bit_gemm", "linear_4bit_backward")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -167,13 +167,20 @@ class Emulator:
         assert error == 0
         return y
 
-    def backward(self, dy: torch.Tensor, w: Any, ds: Any = None, A: Any = None, sms: int = 4) -> torch.Tensor:
+    def backward(
+        self, dy: torch.Tensor, w: Any, ds: Any = None, A: Any = None, sms: int = 4, cores: bool = True
+    ) -> torch.Tensor:
+        """cores: on tensor cores, else without."""
         dx = torch.empty(dy.shape[0], w.columns, dtype=dy.dtype)
-        parts = self.library.linear_4bit_parts(ctypes.byref(weight(w)), ctypes.c_int64(dy.shape[0]), 1, sms)
+        if cores:
+            parts = self.library.linear_4bit_parts(ctypes.byref(weight(w)), ctypes.c_int64(dy.shape[0]), 1, sms)
+        else:
+            parts = self.library.linear_4bit_backward_parts(ctypes.byref(weight(w)), ctypes.c_int64(dy.shape[0]), sms)
         work = torch.full((parts, *dx.shape), torch.nan)
         error = self.call(
-            "linear_4bit_backward_gemm", matrix(dy), weight(w), rim(ds, None if A is None else A.t()), matrix(dx),
-            ctypes.c_void_p(work.data_ptr()), parts, tensors=[dy, dx, ds, A, work, *w[:6]],
+            "linear_4bit_backward_gemm" if cores else "linear_4bit_backward", matrix(dy), weight(w),
+            rim(ds, None if A is None else A.t()), matrix(dx), ctypes.c_void_p(work.data_ptr()), parts,
+            tensors=[dy, dx, ds, A, work, *w[:6]],
         )  # fmt: skip
         assert error == 0
         return dx

@@ -129,6 +129,26 @@ def test_the_input_gradient_on_tensor_cores(emulator, M, N, K, blocksize, nested
     no_worse(emulator.backward(dy, w, *extra), torchs, exact)
 
 
+@pytest.mark.parametrize(
+    "M, N, K, blocksize, nested, dtype, adapter",
+    [
+        (1, 70, 96, 64, True, FP32, FP32),
+        (2, 37, 264, 64, True, FP32, None),  # more columns than a block's, and a number of rows that no tile divides
+        (4, 19, 160, 32, False, BF16, FP32),
+        (11, 300, 64, 4096, True, FP32, BF16),  # more rows of W than a chunk's
+    ],
+)
+def test_the_input_gradient_without_tensor_cores(emulator, M, N, K, blocksize, nested, dtype, adapter):
+    w, dy = make(N, K, blocksize, nested), torch.randn(M, N + 3).to(dtype)[:, :N]
+    W = decoded(w)
+    exact, torchs, extra = dy.double() @ W.double(), dy @ W.to(dtype), ()
+    if adapter is not None:
+        ds, A = torch.randn(M, 5).to(adapter), torch.randn(5, K).to(adapter)
+        exact, torchs = exact + ds.double() @ A.double(), (torchs.float() + ds.float() @ A.float()).to(dtype)
+        extra = (ds, A)
+    no_worse(emulator.backward(dy, w, *extra, cores=False), torchs, exact)
+
+
 def test_split_sums_have_the_same_bits_every_time(emulator):
     w, x = make(8, 2080), torch.randn(6, 2080).to(BF16)
     ys = [emulator.gemm(x, w, sms=24) for _ in range(2)]
@@ -139,6 +159,10 @@ def test_split_sums_have_the_same_bits_every_time(emulator):
     dxs = [emulator.backward(dy, w, sms=24) for _ in range(2)]
     assert len(emulator.log) == 2 and torch.equal(*dxs)
     no_worse(dxs[0], dy @ decoded(w).to(BF16), dy.double() @ decoded(w).double())
+    w, dy = make(516, 32), torch.randn(3, 516)
+    dxs = [emulator.backward(dy, w, sms=24, cores=False) for _ in range(2)]
+    assert len(emulator.log) == 2 and torch.equal(*dxs)
+    no_worse(dxs[0], dy @ decoded(w), dy.double() @ decoded(w).double())
 
 
 def test_decoding_a_token_reads_the_packed_weight_and_little_else(emulator):
@@ -162,6 +186,9 @@ def test_tensor_core_kernels_read_whole_sectors(emulator):
     (backward,) = emulator.log
     # A row's four scales in eight bits are an eighth of the sector that they lie in.
     assert backward.coalescing >= 0.94
+    emulator.backward(torch.randn(2, 64), make(64, 256), cores=False)
+    (plain,) = emulator.log
+    assert plain.bank_conflicts <= 0.12 * plain.shared_wavefronts, plain
     emulator.dequantize(make(8, 2048), torch.empty(8, 2048, dtype=BF16))
     (dequantize,) = emulator.log
     for report in (forward, backward, dequantize):
