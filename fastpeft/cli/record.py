@@ -15,11 +15,7 @@ from rich.text import Text
 import fastpeft
 from fastpeft.cli.console import console, duration, facts, number, size, warn
 from fastpeft.cli.options import CURVE_FILE, METRICS_FILE, FinetuneOptions
-
-
-def _counts(model: Any) -> tuple[int, int]:
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters())
+from fastpeft.status import count_parameters
 
 
 def show_start(
@@ -32,7 +28,7 @@ def show_start(
     arguments: Any,
     checkpoint: Path | None,
 ) -> None:
-    trainable, total = _counts(model)
+    trainable, total = count_parameters(model)
     where = f"{device} × {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
@@ -102,7 +98,7 @@ def metrics_of(
 ) -> dict[str, Any]:
     import transformers
 
-    trainable, total = _counts(model)
+    trainable, total = count_parameters(model)
     keys = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens")
     train = [{key: row.get(key) for key in keys} for row in trainer.state.log_history if "loss" in row]
     evals = [{"step": row["step"], "loss": row["eval_loss"]} for row in trainer.state.log_history if "eval_loss" in row]

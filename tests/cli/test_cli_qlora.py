@@ -50,7 +50,7 @@ def quantised(folder: Path) -> Any:
 def test_trains_samples_and_saves_an_adapter_that_peft_reads(adapter: Path, tiny_model_of_blocks: Path) -> None:
     import peft
 
-    import fastpeft
+    import fastpeft.cli.models
 
     found = metrics(adapter)
     summary = found["summary"]
@@ -58,6 +58,9 @@ def test_trains_samples_and_saves_an_adapter_that_peft_reads(adapter: Path, tiny
     assert summary["final_loss"] < summary["first_loss"] and summary["final_eval_loss"] < summary["first_eval_loss"]
     assert {"prompt", "before", "after"} <= set(found["samples"][0])
     assert found["patched"]["left"] == 0, found["patched"]
+    plain = fastpeft.cli.models.load_model(str(tiny_model_of_blocks), torch.float32)
+    elements = sum(p.numel() for p in plain.parameters())  # not the bytes that 4-bit weights are kept in
+    assert found["parameters"]["total"] == elements + found["parameters"]["trainable"]
     files = {path.name for path in (adapter / "checkpoints" / "checkpoint-6").iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     ids = torch.arange(4, 44).view(2, 20)
