@@ -79,7 +79,7 @@ cudaError_t linear_4bit_backward_gemm(
 // dx = dy W + rim in fp32 sums and products, W not rounded, for any dtype and any number of rows of W; columns must be a
 // multiple of 8. As above: the parts it is split in, and the work that these take.
 int linear_4bit_backward_parts(const Weight4bit& w, int64_t m, int multiprocessors);
-cudaError_t linear_4bit_backward(
+cudaError_t linear_4bit_backward_plain(
     const Matrix& dy, const Weight4bit& w, const Rim& rim, const Matrix& dx, float* work, int parts, cudaStream_t stream
 );
 

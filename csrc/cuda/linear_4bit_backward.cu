@@ -172,7 +172,7 @@ int linear_4bit_backward_parts(const Weight4bit& w, int64_t m, int multiprocesso
   return static_cast<int>((w.rows + rows - 1) / rows);
 }
 
-cudaError_t linear_4bit_backward(
+cudaError_t linear_4bit_backward_plain(
     const Matrix& dy, const Weight4bit& w, const Rim& rim, const Matrix& dx, float* work, int parts, cudaStream_t stream
 ) {
   if (dx.rows == 0 || dx.columns == 0) return cudaSuccess;

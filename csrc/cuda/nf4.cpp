@@ -245,7 +245,7 @@ Tensor linear_4bit_backward(
   const int parts = cores ? linear_4bit_parts(w, dym.rows, true, sms) : linear_4bit_backward_parts(w, dym.rows, sms);
   const Tensor work = workspace(dy, parts, dym.rows, columns);
   check(
-      (cores ? linear_4bit_backward_gemm : linear_4bit_backward)(
+      (cores ? linear_4bit_backward_gemm : linear_4bit_backward_plain)(
           dym, w, rim, device_matrix(dx, "dx", device), static_cast<float*>(work.data_ptr()), parts,
           current_stream(device)
       ),

@@ -178,7 +178,7 @@ class Emulator:
             parts = self.library.linear_4bit_backward_parts(ctypes.byref(weight(w)), ctypes.c_int64(dy.shape[0]), sms)
         work = torch.full((parts, *dx.shape), torch.nan)
         error = self.call(
-            "linear_4bit_backward_gemm" if cores else "linear_4bit_backward", matrix(dy), weight(w),
+            "linear_4bit_backward_gemm" if cores else "linear_4bit_backward_plain", matrix(dy), weight(w),
             rim(ds, None if A is None else A.t()), matrix(dx), ctypes.c_void_p(work.data_ptr()), parts,
             tensors=[dy, dx, ds, A, work, *w[:6]],
         )  # fmt: skip

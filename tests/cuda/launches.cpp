@@ -94,10 +94,10 @@ int linear_4bit_backward_gemm(
 int linear_4bit_backward_parts(const Weight4bit* w, int64_t m, int multiprocessors) {
   return fastpeft::cuda::linear_4bit_backward_parts(*w, m, multiprocessors);
 }
-int linear_4bit_backward(
+int linear_4bit_backward_plain(
     const Matrix* dy, const Weight4bit* w, const Rim* rim, const Matrix* dx, float* work, int parts
 ) {
-  return fastpeft::cuda::linear_4bit_backward(*dy, *w, *rim, *dx, work, parts, nullptr);
+  return fastpeft::cuda::linear_4bit_backward_plain(*dy, *w, *rim, *dx, work, parts, nullptr);
 }
 
 }  // extern "C"
