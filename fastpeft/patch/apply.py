@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,8 +233,12 @@ class _Patching:
         for planned in self.plan.groups:
             if planned.source is None:
                 self._apply_group(planned)
+        given_up = {c.module: planned.apart for planned in self.plan.groups for c in planned.members if planned.apart}
         for candidate in self.plan.alone:
-            self.rows[candidate.module] = _apply_alone(candidate, self.options.verify)
+            row = _apply_alone(candidate, self.options.verify)
+            if row.fused is not None and candidate.module in given_up:
+                row = replace(row, form=f"{row.form}, not in a group: {given_up[candidate.module]}")
+            self.rows[candidate.module] = row
         for parent, groups in self._parents.items():
             parent.__dict__["forward"] = ParentForward(parent, groups)
 
@@ -249,13 +253,17 @@ class _Patching:
             self._apply_group(planned, forward)
         source.module.__dict__["forward"] = forward
         self.producers.append(forward)
-        self.rows[source.module] = _source_row(source, planned if forward.group is not None else None)
+        row = _source_row(source, planned if forward.group is not None else None)
+        if planned is not None and planned.apart is not None:
+            row = replace(row, form=f"{row.form}, not joined: {planned.apart}")
+        self.rows[source.module] = row
 
     def _apply_group(self, planned: GroupPlan, producer: ProducerForward | None = None) -> None:
         """Set the members' forwards, if the group stands its trial; a producer gets the group. Else single layers."""
         group, reason = _build_group(self.root, planned, self.options, producer)
         if group is None:
             self.plan.alone += [c for c in planned.members if c.adapted]
+            planned.apart = reason
             logger.debug("fastpeft: no group for %s: %s", planned.members[0].name, reason)
             return
         if planned.caller is not None and len(planned.members) > 1:
@@ -339,7 +347,7 @@ def _build_group(
         reason = verify_joined(group, producer)
         if reason is not None and adapted and plan.caller is not None and len(members) > 1:
             logger.debug("fastpeft: %s computes alone: %s", plan.members[0].name, reason)
-            reason, producer, plan.source = None, None, None  # a group all the same
+            plan.apart, reason, producer, plan.source = reason, None, None, None  # a group all the same
     if reason is not None:
         _dissolve(group)
         return None, reason

@@ -105,6 +105,7 @@ class GroupPlan:
     why: str  # why the base weights are, or are not, one product
     source: Source | None = None
     between: list[nn.Module] = field(default_factory=list)
+    apart: str | None = None  # why the trial gave up the source, or the group
 
 
 @dataclass

@@ -345,3 +345,26 @@ def test_the_package_can_be_called_as_the_function() -> None:
     assert isinstance(package, ModuleType)
     model = lora_llama()
     assert package(model) is model and groups_of(model)
+
+
+def test_a_join_that_fails_its_trial_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_module, "verify_joined", lambda group, producer: "its output is off by 1")
+    model = lora_llama()
+    before = run(model)
+    patch(model)
+    rows = {row.module.rpartition(".")[2]: row for row in report(model).rows}
+    assert "not joined: its output is off by 1" in (rows["input_layernorm"].form or "")
+    assert "group of q_proj" in rows["q_proj"].fused and "joined" not in rows["q_proj"].fused
+    assert "not in a group: its output is off by 1" in (rows["o_proj"].form or "") or rows["o_proj"].fused
+    assert_same(run(model), before)
+
+
+def test_a_group_that_fails_its_trial_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_module, "verify_group", lambda group: "k_proj does not agree")
+    model = lora_llama()
+    before = run(model)
+    patch(model)
+    rows = {row.module.rpartition(".")[2]: row for row in report(model).rows}
+    assert rows["q_proj"].fused == "lora_linear"
+    assert "not in a group: k_proj does not agree" in (rows["q_proj"].form or "")
+    assert_same(run(model), before)
