@@ -18,6 +18,7 @@ from torch import Tensor
 from .backend import OPS
 from .glu import glu_reference
 from .joined import joined
+from .nf4 import Weight4bit
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def glu_linear(
     gate: Tensor,
     up: Tensor | None,
     act: str,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Weight4bit],
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor | None],
     lora_B: Sequence[Tensor | None],
@@ -87,7 +88,8 @@ def glu_linear(
     """(h, outputs): act(gate) * up (..., K) and what the projections make of it, each (..., N_g).
 
     gate, up: (..., K) of one dtype, any strides; up may be None. act: as in `glu`. The lists are those of
-    `lora_linear_group`; base weights may be trained or frozen, and must have gate's dtype. Autocast is not looked at.
+    `lora_linear_group`; base weights may be trained or frozen, and must have gate's dtype or be of 4 bits. Autocast is
+    not looked at.
     magnitudes: of DoRA adapters, which every projection then has (`dora_joined`).
 
     Raises ValueError on shapes that do not fit.

@@ -7,7 +7,7 @@ dA_g = c_g ds_g^T dropout_g(n), a copy of what z already tells. Joined, the back
 pass that f's own gradient takes anyway, and the rims of dn are added there and never stored. s = c dropout(n) A^T comes
 out of the pass that writes n.
 
-Kept for the backward: z, a number or two a row (`extras`), s and the mask's seed.
+Kept for the backward: z, a number or two a row (`extras`), s and the mask's seed. Weights may be of 4 bits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from . import gemm, native, philox, steps
 from .backend import exact
 from .dora_joined import dora_joined
 from .lora_linear import check, rows_of, shaped
+from .nf4 import Weight4bit, dequantize_4bit
+from .nf4_linear import nf4_linear
 from .projections import Projections, bias_grads, collect, flat_inputs, members_of, planned, project, stack_rows
 
 
@@ -69,7 +71,7 @@ class Producer(Protocol):
 def joined(
     producer: Producer,
     inputs: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Weight4bit],
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor | None],
     lora_B: Sequence[Tensor | None],
@@ -85,18 +87,27 @@ def joined(
 
     magnitudes: the adapters are DoRA, one on every projection; each base weight is then a product of its own. told:
     as in `dora_linear_group`.
-    Base weights may be frozen or trained. All must be of one dtype, adapters excepted; autocast is not looked at.
+    Base weights may be frozen or trained. All must be of one dtype, adapters and weights of 4 bits excepted; autocast
+    is not looked at. Raises ValueError for DoRA over 4 bits.
     """
+    quantised = any(isinstance(w, Weight4bit) for w in weights)
     if magnitudes is not None:
+        if quantised:
+            raise ValueError("magnitudes: DoRA over weights of 4 bits is not joined with what produces its input")
         A, B = _adapted(lora_A, lora_B)
-        return dora_joined(producer, inputs, weights, biases, A, B, magnitudes, scaling, dropout_p, told)
+        return dora_joined(producer, inputs, weights, biases, A, B, magnitudes, scaling, dropout_p, told)  # type: ignore[arg-type]
     for i, (w, a, b) in enumerate(zip(weights, lora_A, lora_B)):
         if a is not None and b is not None:
-            check(w, w, a, b, dropout_p, f"projection {i}")
-    tensors = [*inputs, *weights, *biases, *lora_A, *lora_B]
-    if native.transformed(*tensors):
+            check(inputs[0], w, a, b, dropout_p, f"projection {i}")  # type: ignore[arg-type]
+    parameters = [w.packed if isinstance(w, Weight4bit) else w for w in weights]
+    if native.transformed(*inputs, *parameters, *biases, *lora_A, *lora_B):
         n = producer.native(inputs)
-        return n, native.linear(n, weights, biases, lora_A, lora_B, scaling, dropout_p)
+        dense = [_dense(w, n.dtype) for w in weights]
+        return n, native.linear(n, dense, biases, lora_A, lora_B, scaling, dropout_p)
+    if quantised and torch.compiler.is_compiling():
+        n = producer.native(inputs)
+        lists = zip(weights, biases, lora_A, lora_B, scaling)
+        return n, tuple(_one(n, *of_one, dropout_p) for of_one in lists)
     device = weights[0].device
     stacked = stacked_weight is not None
     plan = planned(device, weights, lora_A, scaling, dropout_p, stacked=stacked, stacked_bias=stacked_bias is not None)
@@ -107,12 +118,25 @@ def joined(
         len(inputs),
         seed,
         *inputs,
-        *([stacked_weight] if stacked else weights),
+        *([stacked_weight] if stacked else parameters),
         *([stacked_bias] if plan.stacked_bias else biases),
         *(a for a in lora_A if a is not None),
         *(b for b in lora_B if b is not None),
     )
     return n, tuple(outputs)
+
+
+def _dense(weight: Tensor | Weight4bit, dtype: torch.dtype) -> Tensor:
+    return dequantize_4bit(weight, dtype) if isinstance(weight, Weight4bit) else weight
+
+
+def _one(
+    n: Tensor, w: Tensor | Weight4bit, bias: Tensor | None, a: Tensor | None, b: Tensor | None, c: float, p: float
+) -> Tensor:
+    """One projection, for torch.compile, which joins by itself."""
+    if isinstance(w, Weight4bit):
+        return nf4_linear(n, w, bias, a, b, c, p)
+    return native.linear(n, (w,), (bias,), (a,), (b,), (c,), p)[0]
 
 
 def _adapted(
@@ -238,7 +262,8 @@ def _second_order(
     scaling = [0.0] * splits
     for g, i in enumerate(plan.members):
         each_A[i], each_B[i], scaling[i] = lora_A[g], lora_B[g], plan.scaling[g]
-    each_w = [plan.weight(weights, i) for i in range(splits)]
+    dtype = next(g.dtype for g in grads if g is not None)
+    each_w = [_dense(plan.weight(weights, i), dtype) for i in range(splits)]
     each_b = list(biases[0].split(plan.splits)) if plan.stacked_bias else biases
     n = producer.native(inputs)
     outputs = (n, *native.linear(n, each_w, each_b, each_A, each_B, scaling, plan.p, seed))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .backend import OPS
 from .joined import joined
 from .layer_norm import formula as layer_norm_formula
+from .nf4 import Weight4bit
 from .rms_norm import formula as rms_norm_formula
 
 
@@ -142,7 +143,7 @@ def norm_linear(
     norm: RMSNorm | LayerNorm,
     x: Tensor,
     parameters: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Weight4bit],
     biases: Sequence[Tensor | None],
     lora_A: Sequence[Tensor | None],
     lora_B: Sequence[Tensor | None],
@@ -157,7 +158,8 @@ def norm_linear(
     """(n, outputs): the norm of x (..., K) and what its projections make of it, each (..., N_g).
 
     parameters: the norm's own, (weight,) or (weight, bias), each (K,) or None. The lists are those of
-    `lora_linear_group`; base weights may be trained or frozen, and must have n's dtype. Autocast is not looked at.
+    `lora_linear_group`; base weights may be trained or frozen, and must have n's dtype or be of 4 bits. Autocast is
+    not looked at.
     magnitudes: of DoRA adapters, which every projection then has (`dora_joined`). told: as in `dora_linear_group`.
 
     Raises ValueError on shapes that do not fit.

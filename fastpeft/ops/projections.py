@@ -60,7 +60,7 @@ class Projections(NamedTuple):
 
 def planned(
     device: torch.device,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Weight4bit],
     lora_A: Sequence[Tensor | None],
     scaling: Sequence[float],
     p: float,

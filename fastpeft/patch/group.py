@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..ops import dora_linear_group, lora_linear_group
 from ..ops.backend import autocast_enabled
 from ..ops.lora_linear import NATIVE_ELEMENTS
+from ..ops.nf4 import DTYPES, Weight4bit
 from ..ops.promise import Promise
 from .forwards import TENSORS, LoraForward, PlainForward, fits
 from .stacking import Stack
@@ -158,7 +159,7 @@ class Group:
         if any(_recomputed(module) for module in self.between):
             return None  # a member called in another checkpoint than the producer would be recomputed without it
         gathered = self.gather(like, None)
-        if gathered is None or any(w.dtype is not dtype or type(w) not in TENSORS for w in gathered[0]):
+        if gathered is None or not all(_takes(w, dtype) for w in gathered[0]):
             return None
         device = like.device.type
         if autocast_enabled(like.device):
@@ -166,6 +167,7 @@ class Group:
             if cast is not dtype:
                 return None
             weights, biases, A, B, *rest = gathered
+            weights = [w.to(cast) if isinstance(w, Weight4bit) else w for w in weights]
             gathered = (weights, biases, *([t if t is None else t.to(cast) for t in part] for part in (A, B)), *rest)
         produced, outs = compute(gathered)
         entry = Entry(weakref.ref(produced), _mode(produced), self._probed(outs))
@@ -285,6 +287,13 @@ def _recomputed(module: nn.Module) -> bool:
         return False
     mode = getattr(module.__dict__.get("forward"), "mode", "none")
     return mode != "none" or getattr(module, "gradient_checkpointing", False)
+
+
+def _takes(weight: Any, dtype: torch.dtype) -> bool:
+    """The base weight is for inputs of this dtype."""
+    if isinstance(weight, Weight4bit):
+        return dtype in DTYPES
+    return weight.dtype is dtype and type(weight) in TENSORS
 
 
 def _mode(x: Any) -> tuple[Any, ...]:

@@ -62,7 +62,8 @@ def verify_joined(group: Group, producer: ProducerForward) -> str | None:
         if any(found is None for found in operands):
             return "a layer could not be read"
         weight = operands[0][0]  # type: ignore[index]
-        dtype, device, width = weight.dtype, weight.device, weight.shape[1]
+        dtype, device, width = input_dtype(weight, operands[0][2]), weight.device, weight.shape[1]  # type: ignore[index]
+        bound = max(JOINED[t] for t in (dtype, getattr(weight, "compute_dtype", None)) if t is not None)
         generator = torch.Generator(device).manual_seed(0)
         rows = max(ROWS, NATIVE_ELEMENTS // width + 1)
         shapes = [width] * (2 if isinstance(producer, ActivationForward) and producer.gated else 1)
@@ -97,7 +98,7 @@ def verify_joined(group: Group, producer: ProducerForward) -> str | None:
         if ours is None or theirs is None:
             return "its conditions do not hold"
         for mine, other in zip(ours, theirs):
-            if mine.dtype != other.dtype or not distance(mine, other) <= JOINED[other.dtype]:
+            if mine.dtype != other.dtype or not distance(mine, other) <= max(bound, JOINED[other.dtype]):
                 return f"joined and apart differ by {distance(mine, other):.1e}"
     return None
 

@@ -15,7 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.ops import decisions, lora_linear, lora_linear_group, nf4_linear
 from fastpeft.ops.backend import backend
+from fastpeft.ops.glu import glu
+from fastpeft.ops.glu_linear import glu_linear
 from fastpeft.ops.nf4 import Weight4bit, dequantize_4bit, quantize_4bit
+from fastpeft.ops.norm_linear import RMSNorm, norm_linear
+from fastpeft.ops.rms_norm import rms_norm
 
 module = sys.modules["fastpeft.ops.nf4_linear"]
 
@@ -103,6 +107,56 @@ def test_group_equals_its_members_alone(isa: str, path: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_joined_to_what_produces_its_input(path: str, p: float, compute: torch.dtype | None) -> None:
+    """A norm or an activation and 4-bit projections as one operator: the numbers of the two apart."""
+    k, sizes = 64, (96, 32)
+    weights = [weight(n, k)._replace(compute_dtype=compute) for n in sizes]
+    A = [torch.randn(4, k, requires_grad=True) for _ in sizes]
+    B = [torch.randn(n, 4, requires_grad=True) for n in sizes]
+    z, gate = torch.randn(2, 40, k, requires_grad=True), torch.randn(2, 40, k, requires_grad=True)
+    dys = [torch.randn(2, 40, n) for n in sizes]
+    lists = (weights, [None, None], A, B, [0.5, 0.5], p)
+
+    def run(joined: bool, of_norm: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        if of_norm:
+            kind = RMSNorm(1e-5, 0.0, torch.float32)
+            if joined:
+                n, ys = norm_linear(kind, z, (None,), *lists)
+            else:
+                n = rms_norm(z, None, 1e-5)
+                ys = lora_linear_group(n, *lists)
+        elif joined:
+            n, ys = glu_linear(gate, z, "silu", *lists)
+        else:
+            n = glu(gate, z, "silu")
+            ys = lora_linear_group(n, *lists)
+        inputs = (z,) if of_norm else (gate, z)
+        grads = torch.autograd.grad(list(ys), [*inputs, *A, *B], dys)
+        return [n.detach(), *(y.detach() for y in ys), *grads]
+
+    for of_norm in (True, False):
+        for ours, apart in zip(run(True, of_norm), run(False, of_norm)):
+            torch.testing.assert_close(ours, apart, atol=1e-4 if compute is None else 0.2, rtol=1e-4)
+
+
+def test_joined_second_derivative_and_refusal() -> None:
+    w, A = weight(6, 16, 32), torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    kind = RMSNorm(1e-5, 0.0, torch.float64)
+    with backend("reference"):
+
+        def f(z: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            return norm_linear(kind, z, (None,), [w], [None], [A], [B], [0.7])[1][0]
+
+        assert gradcheck(f, (z, A, B)) and gradgradcheck(f, (z, A, B))
+    with pytest.raises(ValueError, match="DoRA over weights of 4 bits"):
+        norm_linear(kind, z, (None,), [w], [None], [A], [B], [0.7], magnitudes=[torch.ones(6)])
+
+
 def test_compute_dtype_is_that_of_the_base_product(path: str) -> None:
     """As bitsandbytes: x goes into the base product in bf16, the result and the adapter stay in x's dtype."""
     w = weight(64, 96)._replace(compute_dtype=torch.bfloat16)
@@ -146,6 +200,10 @@ def test_the_weight_is_never_held_whole() -> None:
         x = torch.randn(rows, 2048, requires_grad=True)
         with Largest() as largest:
             nf4_linear(x, w).sum().backward()
+        assert largest.elements <= decisions.MAX_PANEL_BYTES
+        A, B = torch.randn(4, 2048, requires_grad=True), torch.randn(2048, 4, requires_grad=True)
+        with Largest() as largest:
+            norm_linear(RMSNorm(1e-5, 0.0, x.dtype), x, (None,), [w], [None], [A], [B], [1.0])[1][0].sum().backward()
         assert largest.elements <= decisions.MAX_PANEL_BYTES
 
 
