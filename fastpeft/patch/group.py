@@ -161,6 +161,9 @@ class Group:
         gathered = self.gather(like, None)
         if gathered is None or not all(_takes(w, dtype) for w in gathered[0]):
             return None
+        *_, magnitudes, _told = gathered
+        if magnitudes is not None and any(isinstance(w, Weight4bit) for w in gathered[0]):
+            return None  # DoRA over 4 bits is a group of its own
         device = like.device.type
         if autocast_enabled(like.device):
             cast = torch.get_autocast_dtype(device)
