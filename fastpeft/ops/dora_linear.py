@@ -126,7 +126,8 @@ def dora_linear_group(
     if not torch.is_grad_enabled():
         with exact(device):
             return plan.back(_forward(plan, x, seed, (weights, biases, lora_A, lora_B, magnitudes))[1], dtype)
-    promises = promised(told, magnitudes, plan.p)
+    # What `back` casts is not what is kept.
+    promises = promised(() if quantised and cast is not None else told, magnitudes, plan.p)
     outputs = _DoraLinear.apply(plan, promises, x, seed, *parameters, *biases, *lora_A, *lora_B, *magnitudes)
     hand_out(outputs, promises)
     return plan.back(outputs, dtype)
