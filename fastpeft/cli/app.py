@@ -114,15 +114,16 @@ class MethodName(str, enum.Enum):
 
 
 class Optim(str, enum.Enum):
-    """The optimizer; 8-bit, paged and lion are bitsandbytes'."""
+    """The optimizer, as Transformers calls it; 8-bit, paged and lion are bitsandbytes'."""
 
-    adamw = "adamw"
+    adamw_torch_fused = "adamw_torch_fused"
+    adamw_torch = "adamw_torch"
     adamw_8bit = "adamw_8bit"
-    paged_adamw = "paged_adamw"
+    paged_adamw_32bit = "paged_adamw_32bit"
     paged_adamw_8bit = "paged_adamw_8bit"
-    lion = "lion"
+    lion_32bit = "lion_32bit"
     lion_8bit = "lion_8bit"
-    paged_lion = "paged_lion"
+    paged_lion_32bit = "paged_lion_32bit"
     paged_lion_8bit = "paged_lion_8bit"
     sgd = "sgd"
 
@@ -251,7 +252,7 @@ def finetune(
     ] = Checkpoint.none,
     optim: Annotated[
         Optim, Option(help="Optimizer; 8-bit, paged ones and lion need bitsandbytes.", rich_help_panel=_TRAINING)
-    ] = Optim.adamw,
+    ] = Optim.adamw_torch_fused,
     eval_steps: Annotated[
         int, Option(min=0, help="Evaluate every so many steps; 0: before and after.", rich_help_panel=_RUN)
     ] = 0,
@@ -366,11 +367,11 @@ def bench(
     checkpoint: Annotated[Checkpoint, Option(help="What layers keep, in every contender.")] = Checkpoint.none,
     report: Annotated[
         Path | None,
-        Option(help="Sweep lengths, checkpoint modes and methods into this HTML page (and PNGs beside it)."),
+        Option(help="Sweep lengths, checkpoint modes and methods into a page, report.html in this folder, and PNGs."),
     ] = None,
     lengths: Annotated[str | None, Option(help="Of the sweep: tokens a row. [default: 64,128,256]")] = None,
     checkpoints: Annotated[str | None, Option(help="Of the sweep. [default: all modes]")] = None,
-    methods: Annotated[str | None, Option(help="Of the sweep: lora, dora. [default: --method]")] = None,
+    methods: Annotated[str | None, Option(help="Of the sweep: lora, dora, qlora. [default: --method]")] = None,
 ) -> None:
     """Time training steps against PEFT: same weights, same batches, interleaved step by step in one process.
 
@@ -396,7 +397,7 @@ def estimate(
     target_modules: Annotated[str, Option(help="As in finetune.")] = "all-linear",
     batch: Annotated[int, Option(min=1, help="Rows a pass, on each GPU.")] = 1,
     seq: Annotated[int, Option(min=2, help="Tokens a row.")] = 4096,
-    optim: Annotated[Optim, Option(help="Optimizer.")] = Optim.adamw,
+    optim: Annotated[Optim, Option(help="Optimizer.")] = Optim.adamw_torch_fused,
     checkpoint: Annotated[
         EstimatedCheckpoint, Option(help="Checkpoint mode; auto: the plan that fits --fit.")
     ] = EstimatedCheckpoint.all,

@@ -37,7 +37,7 @@ class EstimateOptions:
     target_modules: str = "all-linear"
     batch: int = 1
     seq: int = 4096
-    optim: str = "adamw"
+    optim: str = "adamw_torch_fused"
     checkpoint: str = "all"
     gpus: int = 1
     parallel: str = "ddp"
@@ -150,7 +150,7 @@ def _show(options: EstimateOptions, report: dict[str, Any], found: list[Estimate
             cells = [size(part) for part in (*loose, e.peak - sum(loose), e.peak)]
             table.add_row(e.checkpoint, f"[bold]{e.batch} × {e.seq:,}", *cells)
     else:
-        table.add_column()
+        table.add_column(no_wrap=True)
         for e in found:
             table.add_column(e.checkpoint, justify="right")
         for part in PARTS:
@@ -158,7 +158,7 @@ def _show(options: EstimateOptions, report: dict[str, Any], found: list[Estimate
                 table.add_row(part, *(size(getattr(e, part)) for e in found))
         table.add_row("[bold]peak", *(f"[bold]{size(e.peak)}" for e in found), end_section=True)
         table.add_row("at", *(e.moment.removeprefix("the ").replace(" of layer", ",") for e in found))
-        table.add_row("products again", *(f"+{100 * e.recompute:.1f} %" for e in found))
+        table.add_row("recompute", *(f"+{100 * e.recompute:.1f} %" for e in found))
     console.print(table)
     if any(e.paged_out for e in found):
         console.print(f"[faint]{size(found[0].paged_out)} of optimizer state may be paged out to the host")

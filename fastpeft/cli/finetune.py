@@ -165,16 +165,16 @@ def _training_arguments(options: FinetuneOptions, rows: _Rows, device: torch.dev
 
 
 def _optimizer(name: str, device: torch.device) -> str:
-    """What Transformers calls it."""
-    if name == "adamw":
-        return "adamw_torch_fused" if device.type in ("cpu", "cuda") else "adamw_torch"
+    """The name for Transformers, if there is what it needs."""
+    if name == "adamw_torch_fused" and device.type not in ("cpu", "cuda"):
+        return "adamw_torch"
     optimizer = OPTIMIZERS[name]
     if optimizer.bitsandbytes:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise CommandError(f"--optim {name} needs bitsandbytes: pip install 'fastpeft[bitsandbytes]'")
         if optimizer.paged and device.type != "cuda":
             raise CommandError(f"--optim {name}: paged states need a CUDA GPU; take {name.removeprefix('paged_')}")
-    return optimizer.transformers
+    return name
 
 
 def _adapted(options: FinetuneOptions, model: Any) -> Any:

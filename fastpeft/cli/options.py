@@ -52,7 +52,7 @@ class FinetuneOptions:
     patch: bool = True
     gradient_checkpointing: bool = False
     checkpoint: str = "none"
-    optim: str = "adamw"
+    optim: str = "adamw_torch_fused"
     eval_steps: int = 0
     save_steps: int = 200
     keep_checkpoints: int = 1

@@ -128,7 +128,7 @@ def stacked_bars(path: Path, bars: Sequence[tuple[str, dict[str, int]]], title: 
     axes.set_xticks(list(places), [label for label, _ in bars])
     axes.set(title=title, ylabel="GiB on each GPU")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.margins(y=0.12)
+    axes.set_ylim(top=1.1 * max(*low, (budget or 0) / 2**30))
     _save(plt, figure, path)
     return True
 

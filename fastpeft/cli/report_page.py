@@ -37,7 +37,7 @@ def write_page(path: Path, report: dict[str, Any]) -> list[Path]:
     pictures: list[tuple[str, bytes, Path]] = []
     for title, name, draw in _PICTURES:
         picture = _picture(plt, report["rows"], draw)
-        beside = path.with_name(f"{path.stem}-{name}.png")
+        beside = path.with_name(f"{name}.png")
         atomic.write(beside, picture)
         pictures.append((title, picture, beside))
     atomic.write(path, _page(report, pictures).encode())
@@ -53,7 +53,7 @@ def _picture(plt: Any, rows: list[dict[str, Any]], draw: Callable[[Any, list[dic
         draw(axes, [row for row in rows if row["method"] == method])
         axes.set_title(method)
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+        axes.legend(frameon=False, fontsize=7, ncols=2, handlelength=3.5)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     plt.close(figure)

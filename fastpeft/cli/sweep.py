@@ -21,7 +21,7 @@ from fastpeft.memory import MODES
 from fastpeft.memory.estimate import Estimator
 from fastpeft.memory.standin import Method
 
-_METHODS = ("lora", "dora")
+_METHODS = ("lora", "dora", "qlora")
 
 
 def sweep(options: BenchOptions) -> dict[str, Any]:
@@ -90,10 +90,11 @@ def sweep(options: BenchOptions) -> dict[str, Any]:
     report = _report(options, config, rows)
     from fastpeft.cli.report_page import write_page
 
-    pictures = write_page(options.report, report)
-    write_json(options.report.with_suffix(".json"), report)
+    page = options.report / "report.html"
+    pictures = write_page(page, report)
+    write_json(page.with_suffix(".json"), report)
     _show(rows)
-    console.print(f"[faint]written to[/faint] {options.report} [faint]and {', '.join(p.name for p in pictures)}")
+    console.print(f"[faint]written to[/faint] {page} [faint]and {', '.join(p.name for p in pictures)}")
     return report
 
 

@@ -326,12 +326,13 @@ class Linear8bitLt(_Quantised):
 
 
 def is_plain_4bit(base: Any) -> bool:
-    """A `Linear4bit` whose forward is bitsandbytes' own and whose weight is quantised and on a device."""
+    """A `Linear4bit` whose forward is bitsandbytes' own and whose weight is quantised and where its scales are."""
     weight = base._parameters.get("weight") if isinstance(base, nn.Module) else None
+    state = getattr(weight, "quant_state", None)
     return (
         type(base).__module__.startswith("bitsandbytes.")
         and type(weight).__name__ == "Params4bit"
-        and getattr(weight, "quant_state", None) is not None
-        and not weight.is_meta  # type: ignore[union-attr]
+        and state is not None
+        and weight.is_meta == state.absmax.is_meta  # type: ignore[union-attr]
         and bare(base)
     )

@@ -8,6 +8,7 @@ checkpoint="auto" it plans (`planner`) from what the layers are counted to keep 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,12 @@ __all__ = [
     "install",
     "installed",
     "parse_size",
+    "plan_of",
     "remove_checkpointing",
     "set_checkpointing",
 ]
+
+logger = logging.getLogger("fastpeft")
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -51,6 +55,11 @@ def parse_size(text: int | float | str) -> int:
     except (ValueError, KeyError):
         raise ValueError(f"memory must be bytes or a text like '22GiB', got {text!r}") from None
     return int(size)
+
+
+def plan_of(model: nn.Module) -> Any:
+    """The `planner.Plan` that a patched model's layers go by; None where checkpoint was not "auto"."""
+    return model.__dict__.get("_fastpeft_plan")
 
 
 @contextlib.contextmanager
@@ -83,5 +92,6 @@ def set_checkpointing(
         plan = plan_model(model, budget, int(batch or 0), int(seq or 0))
         install(model, plan.modes)
         model.__dict__["_fastpeft_plan"] = plan
+        logger.info(str(plan))
     elif option is not None or (before and not installed(model)):
         install(model, wanted)

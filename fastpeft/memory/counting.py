@@ -71,6 +71,13 @@ class Counts:
     head: Head
     head_gradients: int
     shared: int  # bytes alive through the step that belong to no layer: angles of the rotation, masks
+    accumulate: bool = False  # all gradients are there already, and only a layer's own come besides
+
+    def gradients_from(self, layer: int) -> int:
+        """Bytes of gradients that a step has made when the backward of this layer is over."""
+        if self.accumulate:
+            return self.gradients[layer]
+        return self.head_gradients + sum(self.gradients[layer:])
 
     def price(self, layer: int, mode: str) -> int:
         """What a mode costs over "none", in FLOPs (see REMADE and SENT)."""
@@ -87,10 +94,8 @@ class Counts:
             yield f"the forward of layer {index}", kept, cost.forward, 0
             kept += cost.kept
         yield "the loss", kept, max(self.head.forward, self.head.backward), self.head_gradients
-        gradients = self.head_gradients
         for index in range(len(costs) - 1, -1, -1):
-            gradients += self.gradients[index]
-            yield f"the backward of layer {index}", kept, costs[index].backward, gradients
+            yield f"the backward of layer {index}", kept, costs[index].backward, self.gradients_from(index)
             kept -= costs[index].kept
 
     def peak(self, modes: Sequence[str]) -> tuple[str, int, int, int]:

@@ -8,7 +8,7 @@
                  computes and for the next one, and those that belong to no layer
     activations  what layers keep, counted (see `counting`), at the fullest moment of a step
     logits       at that moment, if it is the loss: logits, their gradient, what the loss keeps
-    temporary    at that moment, if it is in a layer: what is alive within it, and a weight decoded from NF4
+    temporary    at that moment, if it is in a layer: what is alive within it, panels decoded from NF4 among it
 
 Not counted: the CUDA context and libraries (0.5 to 1 GiB), workspaces inside operators, fragmentation.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from .counting import Counts
 from .modes import MODES
-from .optimizers import OPTIMIZERS
+from .optimizers import DEFAULT, OPTIMIZERS
 from .planner import solve
 from .standin import METHODS, Method, Sizes, StandIn, nf4_bytes
 
@@ -72,7 +72,7 @@ class Estimator:
     Raises ValueError on a method, optimizer or way of parallel training that is not known.
     """
 
-    def __init__(self, config: Any, method: Method, optim: str = "adamw", gpus: int = 1, parallel: str = "ddp") -> None:
+    def __init__(self, config: Any, method: Method, optim: str = DEFAULT, gpus: int = 1, parallel: str = "ddp") -> None:
         for what, value, known in [
             ("method", method.name, METHODS),
             ("optim", optim, OPTIMIZERS),
@@ -96,23 +96,21 @@ class Estimator:
         """
         counts = self.stand_in.count(batch, seq, MODES if checkpoint == "auto" else [checkpoint])
         static = self._static()
-        temporary = self._decoded()
         if checkpoint == "auto":
             if budget is None:
                 raise ValueError("checkpoint 'auto' needs a budget")
-            modes = solve(counts, budget - sum(static.values()) - temporary, MODES)
+            modes = solve(counts, budget - sum(static.values()), MODES)
             if modes is None:
                 raise ValueError(f"no plan for {batch} x {seq} tokens fits")
         else:
             modes = [checkpoint] * len(counts.layers)
-        return self._estimate(counts, modes, static, temporary, batch, seq, checkpoint)
+        return self._estimate(counts, modes, static, batch, seq, checkpoint)
 
     def _estimate(
         self,
         counts: Counts,
         modes: Sequence[str],
         static: dict[str, int],
-        decoded: int,
         batch: int,
         seq: int,
         checkpoint: str,
@@ -131,7 +129,7 @@ class Estimator:
             communication=static["communication"],
             activations=kept,
             logits=alive if at_loss else 0,
-            temporary=0 if at_loss else alive + decoded,
+            temporary=0 if at_loss else alive,
             moment=moment,
             paged_out=self._state()[1],
             offloaded=sum(layer[mode].sent for layer, mode in zip(counts.layers, modes)),
@@ -167,11 +165,6 @@ class Estimator:
         gathered = sorted((sum(_bytes(p) for p in layer) for layer in self._sizes.layers), reverse=True)[:2]
         reduced = max(sum(n * size for n, size, is_trained, _ in layer if is_trained) for layer in self._sizes.layers)
         return sum(gathered) + reduced + sum(_bytes(p) for p in self._sizes.rest)
-
-    def _decoded(self) -> int:
-        """A weight decoded from NF4 for a product: the largest."""
-        quantised = [p[0] for layer in self._sizes.layers for p in layer if p[3]]
-        return max(quantised) * self.method.dtype.itemsize if quantised else 0
 
     def longest(self, batch: int, checkpoint: str, budget: int, limit: int, multiple: int = 64) -> Estimate | None:
         """The estimate at the longest sequence, a multiple of `multiple` up to `limit`, that fits; or None."""

@@ -1,4 +1,4 @@
-"""Optimizers by name: what each keeps for a parameter, and what Transformers calls it.
+"""Optimizers, by the names that Transformers has for them: what each keeps for a parameter.
 
 8-bit and paged ones are bitsandbytes'. Its 8-bit states are one byte an element and an fp32 scale for 256 elements; a
 parameter of fewer than 4,096 elements keeps fp32 states. A paged state (from 100,000 elements on) lies in memory
@@ -17,7 +17,6 @@ SMALLEST_8BIT, SMALLEST_PAGED, BLOCK = 4096, 100_000, 256
 class Optimizer:
     """moments: states of a parameter's size. bits: 8, or 0 for the parameter's own dtype."""
 
-    transformers: str
     moments: int
     bits: int = 0
     paged: bool = False
@@ -39,13 +38,15 @@ class Optimizer:
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer("adamw_torch_fused", 2),
-    "adamw_8bit": Optimizer("adamw_8bit", 2, bits=8, bitsandbytes=True),
-    "paged_adamw": Optimizer("paged_adamw_32bit", 2, paged=True, bitsandbytes=True),
-    "paged_adamw_8bit": Optimizer("paged_adamw_8bit", 2, bits=8, paged=True, bitsandbytes=True),
-    "lion": Optimizer("lion_32bit", 1, bitsandbytes=True),
-    "lion_8bit": Optimizer("lion_8bit", 1, bits=8, bitsandbytes=True),
-    "paged_lion": Optimizer("paged_lion_32bit", 1, paged=True, bitsandbytes=True),
-    "paged_lion_8bit": Optimizer("paged_lion_8bit", 1, bits=8, paged=True, bitsandbytes=True),
-    "sgd": Optimizer("sgd", 0),
+    "adamw_torch_fused": Optimizer(2),
+    "adamw_torch": Optimizer(2),
+    "adamw_8bit": Optimizer(2, bits=8, bitsandbytes=True),
+    "paged_adamw_32bit": Optimizer(2, paged=True, bitsandbytes=True),
+    "paged_adamw_8bit": Optimizer(2, bits=8, paged=True, bitsandbytes=True),
+    "lion_32bit": Optimizer(1, bitsandbytes=True),
+    "lion_8bit": Optimizer(1, bits=8, bitsandbytes=True),
+    "paged_lion_32bit": Optimizer(1, paged=True, bitsandbytes=True),
+    "paged_lion_8bit": Optimizer(1, bits=8, paged=True, bitsandbytes=True),
+    "sgd": Optimizer(0),
 }
+DEFAULT = "adamw_torch_fused"

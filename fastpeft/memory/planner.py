@@ -10,7 +10,7 @@ multiple-choice knapsack by dominance (Nemhauser, Ullmann: "Discrete dynamic pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,7 @@ class Plan:
 def solve(counts: Counts, available: int, modes: Sequence[str] = MODES) -> list[str] | None:
     """The cheapest modes whose activations and gradients never exceed `available` bytes; None if there are none."""
     layers = counts.layers
-    after = [counts.head_gradients] * len(layers)  # gradients of the layers from i on, and of the head
-    for index in range(len(layers) - 1, -1, -1):
-        after[index] = counts.gradients[index] + (
-            after[index + 1] if index + 1 < len(layers) else counts.head_gradients
-        )
+    after = [counts.gradients_from(index) for index in range(len(layers))]
     kept, price = np.array([counts.shared], dtype=np.int64), np.array([0], dtype=np.int64)
     choices: list[tuple[np.ndarray, np.ndarray]] = []  # of each layer: the state before, and the mode
     for index, layer in enumerate(layers):
@@ -120,23 +116,28 @@ def describe(counts: Counts, modes: list[str], static: int, budget: int) -> Plan
 def plan_model(model: nn.Module, budget: int, batch: int, seq: int) -> Plan:
     """The plan for a language model in training on `batch` rows of `seq` tokens.
 
-    Weights and buffers count as they lie on the device, gradients in the weights' dtype, the optimizer as AdamW's two
-    moments. Raises ValueError for a model that does not take input_ids, OverBudget if nothing fits.
+    Weights and buffers count as they lie on the device, the optimizer as AdamW's two moments, gradients in the weights'
+    dtype and as if all of them were there from the start of a step on, which they are where they accumulate.
+
+    Raises ValueError for a model that does not take input_ids, OverBudget if nothing fits.
     """
     from . import OverBudget
 
-    inputs = _inputs(model, batch, seq)
     was_training = model.training
     model.train()
     try:
-        counts = count(model, inputs)
+        counts = _counts(model, batch, seq)
+        static = resident(model) + sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        plan = make_plan(counts, static, budget)
+        if plan is None:
+            raise OverBudget(_why_not(counts, static, budget, model, batch, seq))
     finally:
         model.train(was_training)
-    static = resident(model)
-    plan = make_plan(counts, static, budget)
-    if plan is None:
-        raise OverBudget(_why_not(counts, static, budget, model, batch, seq))
     return plan
+
+
+def _counts(model: nn.Module, batch: int, seq: int) -> Counts:
+    return replace(count(model, _inputs(model, batch, seq)), accumulate=True)
 
 
 def resident(model: nn.Module) -> int:
@@ -166,12 +167,13 @@ def _why_not(counts: Counts, static: int, budget: int, model: nn.Module, batch: 
         f"at {leanest.moment}, is {_gib(leanest.peak)}, {_gib(leanest.peak - budget)} too much"
     )
     if static >= budget:
-        return f"{text}. Weights and optimizer alone are {_gib(static)}: take a quantised model, or a larger budget"
+        alone = f"Weights, gradients and optimizer alone are {_gib(static)}"
+        return f"{text}. {alone}: take a quantised model, or a larger budget"
     # What a step needs beside the weights is in proportion to its tokens, or more than that.
     fits, low, high = 0, 1, max(1, seq - 1)
     while low <= high:
         middle = (low + high) // 2
-        if make_plan(count(model, _inputs(model, batch, middle)), static, budget) is not None:
+        if make_plan(_counts(model, batch, middle), static, budget) is not None:
             fits, low = middle, middle + 1
         else:
             high = middle - 1

@@ -89,19 +89,20 @@ class StandIn:
         kinds = []
         for layer in self._layers:
             inside.update(id(p) for p in layer.parameters())
-            kinds.append(self._sizes(layer, layer))
-        rest = self._sizes(self.model, None, inside)
+            kinds.append(self._sizes(layer))
+        rest = self._sizes(self.model, inside)
         return Sizes([kinds[self._first[k]] for k in self._kinds], rest)
 
-    def _sizes(self, module: nn.Module, layer: Any, without: Any = ()) -> list[tuple[int, int, bool, bool]]:
+    def _sizes(self, module: nn.Module, without: Any = ()) -> list[tuple[int, int, bool, bool]]:
         found = []
         trained = {id(p) for p in module.parameters() if p.requires_grad}
         for p in module.parameters():
             if id(p) in without:
                 continue
             adapter = id(p) in trained and self.method.name != "full"
-            quantised = layer is not None and self.method.name == "qlora" and not adapter and p.dim() == 2
-            found.append((p.numel(), 4 if adapter else p.element_size(), id(p) in trained, quantised))
+            state = getattr(p, "quant_state", None)
+            elements = p.numel() if state is None else state.shape.numel()
+            found.append((elements, 4 if adapter else p.element_size(), id(p) in trained, state is not None))
         return found
 
     def count(self, batch: int, seq: int, modes: Any) -> Counts:
@@ -139,6 +140,8 @@ def _build(config: Any, method: Method) -> Any:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=method.dtype)
+    if method.name == "qlora":
+        _quantise(model, method.dtype)
     if method.name != "full":
         fields: dict[str, Any] = {
             "task_type": "CAUSAL_LM",
@@ -155,10 +158,52 @@ def _build(config: Any, method: Method) -> Any:
                 model = peft.get_peft_model(model, peft.LoraConfig(**fields), low_cpu_mem_usage=True)
         else:
             model = fastpeft.get_peft_model(model, fastpeft.LoraConfig(**fields))
-        model = model.to(method.dtype)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(method.dtype)
     if method.implementation == "fastpeft":
         fastpeft.patch(model, verify=False)
     return model.train()
+
+
+def _quantise(model: Any, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' NF4 layers with nested scales, without numbers too, where loading in 4 bits puts them.
+
+    Raises ImportError if bitsandbytes is not installed.
+    """
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for _, layer in find_layers(model):
+        for name, linear in list(layer.named_modules()):
+            if type(linear) is not nn.Linear:
+                continue
+            with torch.device("meta"):
+                blocks = -(-linear.weight.numel() // NF4_BLOCK)
+                scales = -(-blocks // NF4_NESTED)
+                nested = QuantState(
+                    torch.empty(scales), code=torch.empty(256), blocksize=NF4_NESTED, dtype=torch.float32
+                )
+                state = QuantState(
+                    torch.empty(blocks, dtype=torch.uint8),
+                    shape=linear.weight.shape,
+                    code=torch.empty(16),
+                    blocksize=NF4_BLOCK,
+                    quant_type="nf4",
+                    dtype=dtype,
+                    offset=torch.empty(()),
+                    state2=nested,
+                )
+                packed = torch.empty(-(-linear.weight.numel() // 2), 1, dtype=torch.uint8)
+                sizes = (linear.in_features, linear.out_features)
+                new = Linear4bit(*sizes, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4")
+            new.weight = Params4bit(
+                packed, quant_state=state, blocksize=NF4_BLOCK, quant_type="nf4", bnb_quantized=True, module=new
+            )
+            new.quant_state, new.bias = state, linear.bias
+            parent, _, key = name.rpartition(".")
+            setattr(layer.get_submodule(parent), key, new)
+    model.is_loaded_in_4bit = True
 
 
 def nf4_bytes(elements: int) -> int:

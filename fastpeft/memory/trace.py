@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _RANDOM = torch.Tag.nondeterministic_seeded
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
 _QUESTIONS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -56,6 +57,9 @@ class Shape:
 
     def __init__(self, t: Tensor) -> None:
         self.size, self.stride, self.dtype, self.device = t.shape, t.stride(), t.dtype, t.device
+
+    def is_of(self, t: Tensor) -> bool:
+        return (t.shape, t.stride(), t.dtype) == (self.size, self.stride, self.dtype)
 
     def empty(self) -> Tensor:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
@@ -91,6 +95,7 @@ class Recorder(TorchDispatchMode):
         self._candidate = candidate
         self._values: dict[int, int] = {}  # storage to value
         self._count = 0
+        self._makers: dict[int, Op] = {}  # of a value that was made empty
 
     def value_of(self, t: Tensor) -> int | None:
         """The value behind a tensor made here; None for an input, a parameter, anything from outside."""
@@ -124,8 +129,22 @@ class Recorder(TorchDispatchMode):
             op.shapes = tree_map(lambda t: Shape(t) if isinstance(t, Tensor) else t, outputs)
             if self._candidate(func, args, outputs):
                 op.outputs = outputs
+            if func in _EMPTY:
+                self._makers[made[0]] = op
+        elif writes and self._candidate(func, args, outputs):
+            self._fill(tree_leaves(outputs))
         self.ops.append(op)
         return outputs
+
+    def _fill(self, parts: list[Any]) -> None:
+        """A candidate wrote to memory that was made empty, perhaps by parts: to be kept is what was made."""
+        for part in parts:
+            value = self._values.get(storage_key(part)) if isinstance(part, Tensor) else None
+            maker = self._makers.get(value) if value is not None else None
+            if maker is not None and maker.outputs is None:
+                whole = part if part._base is None else part._base
+                if maker.shapes.is_of(whole):
+                    maker.outputs = whole
 
     def _value(self, key: int | None) -> int:
         """The value of a storage; what comes from outside gets a negative one, so that writes to it are seen."""

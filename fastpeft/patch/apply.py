@@ -179,8 +179,14 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """What is fused in the model and what is not, with the reasons. For an unpatched model: everything is left."""
+    """What is fused in the model and what is not, with the reasons; the layers' checkpointing and its plan.
+
+    For an unpatched model: everything is left.
+    """
+    from ..memory import installed, plan_of
+
     root = _root(model)
+    memory: dict[str, Any] = {"checkpoint": installed(root), "plan": plan_of(root)}
     state: _State | None = root.__dict__.get(_STATE)
     if state is None:
         candidates = find_candidates(root)
@@ -188,8 +194,8 @@ def report(model: nn.Module) -> Report:
             Row(c.name, c.kind, reason=c.reason or "the model is not patched; call fastpeft.patch(model)")
             for c in candidates
         ]
-        return Report(rows)
-    return state.report
+        return Report(rows, **memory)
+    return replace(state.report, **memory)
 
 
 def _patch(root: nn.Module, example_inputs: Any, options: Options) -> Report:

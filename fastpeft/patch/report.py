@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..memory.planner import Plan
 
 _COLUMNS = (("module", 4), ("×", None), ("kind", 2), ("fused as", 4), ("form, or why it was left", 6))
 
@@ -30,6 +34,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     patched: bool = False
     note: str | None = None
+    checkpoint: list[str] = field(default_factory=list)  # the mode of each layer, where there are any
+    plan: Plan | None = None  # with checkpoint="auto"
 
     @property
     def fused(self) -> list[Row]:
@@ -42,10 +48,12 @@ class Report:
         return [row for row in self.rows if row.fused is None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"patched", "note", "fused", "left", "rows": [{"module", "kind", "fused", "form", "reason"}]}."""
+        """Plain data: {"patched", "note", "checkpoint", "plan", "fused", "left", "rows": [{"module", "kind", …}]}."""
         return {
             "patched": self.patched,
             "note": self.note,
+            "checkpoint": self.checkpoint,
+            "plan": None if self.plan is None else self.plan.to_dict(),
             "fused": len(self.fused),
             "left": len(self.left),
             "rows": [asdict(row) for row in self.rows],
@@ -83,7 +91,11 @@ class Report:
         return Group(*([table] if self.rows else [self.summary()]), *self._notes())
 
     def _notes(self) -> list[str]:
-        return [f"note: {self.note}"] if self.note else []
+        notes = [f"note: {self.note}"] if self.note else []
+        if self.plan is not None:
+            return [*notes, str(self.plan)]
+        modes = ", ".join(f"{mode} × {count}" for mode, count in Counter(self.checkpoint).items())
+        return [*notes, f"checkpointing, by layers: {modes}"] if modes else notes
 
     def _lines(self) -> Iterable[tuple[str, int, Row]]:
         """Neighbours that differ only in the layer number or the last name, together: names, how many, one of them."""

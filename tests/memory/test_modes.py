@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from four_bits import in_4_bits
 from patch_models import MODELS, assert_same, inputs_of, llama, lora, lora_llama, run, traces
 from torch import nn
 
@@ -62,6 +63,26 @@ def test_dora(mode: str, p: float) -> None:
     fastpeft.patch(model, verify=False, checkpoint=mode)
     assert installed(model) == [mode] * 2
     assert_same(run(model), plain, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dora", "dora with dropout", "qlora"])
+def test_gradients_of_other_methods(method: str) -> None:
+    """And what "selective" promises: no base product is made again, however the operators are cut."""
+    torch.manual_seed(0)
+    model: Any = in_4_bits(llama()) if method == "qlora" else llama()
+    dropout = 0.0 if method == "dora" else 0.1
+    model = lora(model, "fastpeft", lora_dropout=dropout, use_dora="dora" in method).train()
+    fastpeft.patch(model, verify=False)
+    plain = run(model)
+    with LiveMemory() as none:
+        model(**inputs_of(model)).loss.backward()
+    for mode in RECOMPUTING:
+        fastpeft.patch(model, verify=False, checkpoint=mode)
+        assert_equal(run(model), plain)
+        if mode == "selective":
+            with LiveMemory() as selective:
+                model(**inputs_of(model)).loss.backward()
+            assert selective.product_flops <= 1.05 * none.product_flops
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
