@@ -105,6 +105,36 @@ def test_llama_3_8b_layer_in_every_mode() -> None:
     assert kept["offload"] == 0
 
 
+def llama_layer(hidden: int, wide: int, heads: int, keys: int, r: int) -> dict[str, int]:
+    """Bytes a token that a layer of Llama's kind keeps in bf16, adapters on all seven projections."""
+    block = 2 * hidden
+    attention = 2 * (hidden + 2 * keys) + 2 * hidden + 4 * heads  # q, k, v; what it returns; log-sum-exp
+    products = 2 * (2 * wide)  # gate and up
+    thin = 2 * 6 * r + 2 * 4  # S of the adapters but o's, two rstd
+    selective = 2 * block + attention + products + 2 * r
+    return {"none": selective + thin, "selective": selective, "mlp": selective - products, "block": block, "offload": 0}
+
+
+def test_the_formula_of_a_layer_counted_and_measured() -> None:
+    """Llama-3-8B's layer counted without numbers, an eighth of it measured with."""
+    assert llama_layer(4096, 14336, 32, 1024, 16)["none"] == 94_568
+    counts = StandIn(shape("llama-3.1-8b"), Method(dropout=0.05)).count(1, 512, MODES)
+    text = {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 512, "hidden_size": 512}
+    kept: dict[str, list[int]] = {mode: [] for mode in MODES}
+    for layers in (1, 2):
+        config = AutoConfig.for_model("llama", **text, intermediate_size=1792, num_hidden_layers=layers)
+        adapter = fastpeft.LoraConfig(task_type="CAUSAL_LM", r=16, lora_dropout=0.05, target_modules="all-linear")
+        model = fastpeft.get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+        model = fastpeft.patch(model.to(torch.bfloat16).train(), verify=False)
+        for mode in MODES:
+            install(model, [mode] * layers)
+            kept[mode].append(saved(model))
+    for mode in MODES:
+        assert counts.layers[0][mode].kept // 512 == llama_layer(4096, 14336, 32, 1024, 16)[mode], mode
+        measured = (kept[mode][1] - kept[mode][0]) / (BATCH * LENGTH)
+        assert abs(measured - llama_layer(512, 1792, 4, 128, 16)[mode]) < 1, mode
+
+
 @pytest.mark.parametrize("name", sorted(shapes()))
 def test_every_shipped_shape_is_a_config(name: str) -> None:
     config = shape(name)
