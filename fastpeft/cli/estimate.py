@@ -143,8 +143,8 @@ def _show(options: EstimateOptions, report: dict[str, Any], found: list[Estimate
         f"{what}{where}; not counted: {report['not_counted']}",
     )
     if budget:
-        for heading in ("checkpoint", "rows × tokens", "activations", "logits", "temporary", "the rest", "peak"):
-            table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
+        for heading in ("", "rows × tokens", "activations", "logits", "temporary", "the rest", "peak"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=heading in ("", "rows × tokens"))
         for e in found:
             loose = (e.activations, e.logits, e.temporary)
             cells = [size(part) for part in (*loose, e.peak - sum(loose), e.peak)]

@@ -55,7 +55,7 @@ def is_product(func: Any) -> bool:
     if namespace == "aten":
         return name in _ATEN_PRODUCTS
     if namespace.startswith("fastpeft"):
-        return (name in ("gemm", "lora_shrink", "dora_drop_") or "linear" in name) and "backward" not in name
+        return (name in ("gemm", "gemm_", "lora_shrink", "dora_drop_") or "linear" in name) and "backward" not in name
     return namespace == "bitsandbytes" and name.startswith(("gemv", "gemm", "int8_linear", "int8_scaled"))
 
 

@@ -131,16 +131,17 @@ class Recorder(TorchDispatchMode):
                 op.outputs = outputs
             if func in _EMPTY:
                 self._makers[made[0]] = op
-        elif writes and self._candidate(func, args, outputs):
-            self._fill(tree_leaves(outputs))
+        elif writes:
+            written = [t for t in _written(func, args, kwargs) if isinstance(t, Tensor)]
+            if self._candidate(func, args, written):
+                self._fill(written)
         self.ops.append(op)
         return outputs
 
-    def _fill(self, parts: list[Any]) -> None:
+    def _fill(self, parts: list[Tensor]) -> None:
         """A candidate wrote to memory that was made empty, perhaps by parts: to be kept is what was made."""
         for part in parts:
-            value = self._values.get(storage_key(part)) if isinstance(part, Tensor) else None
-            maker = self._makers.get(value) if value is not None else None
+            maker = self._makers.get(self._values[storage_key(part)])
             if maker is not None and maker.outputs is None:
                 whole = part if part._base is None else part._base
                 if maker.shapes.is_of(whole):

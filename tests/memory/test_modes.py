@@ -65,12 +65,12 @@ def test_dora(mode: str, p: float) -> None:
     assert_same(run(model), plain, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dora", "dora with dropout", "qlora"])
+@pytest.mark.parametrize("method", ["dora", "dora with dropout", "qlora", "qlora, dora with dropout"])
 def test_gradients_of_other_methods(method: str) -> None:
     """And what "selective" promises: no base product is made again, however the operators are cut."""
     torch.manual_seed(0)
-    model: Any = in_4_bits(llama()) if method == "qlora" else llama()
-    dropout = 0.0 if method == "dora" else 0.1
+    model: Any = in_4_bits(llama()) if "qlora" in method else llama()
+    dropout = 0.1 if "dropout" in method or method == "qlora" else 0.0
     model = lora(model, "fastpeft", lora_dropout=dropout, use_dora="dora" in method).train()
     fastpeft.patch(model, verify=False)
     plain = run(model)
