@@ -174,7 +174,7 @@ def _draw(options: EstimateOptions, found: list[Estimate], budget: int | None) -
         (f"{e.checkpoint}\n{e.batch} × {e.seq:,}" if budget else e.checkpoint, {p: getattr(e, p) for p in PARTS})
         for e in found
     ]
-    title = f"estimate: {options.model or options.config}, {options.method}, {options.optim}"
+    title = f"estimate: {options.model or options.config}, {options.method}\n{options.optim}"
     title += "" if budget else f", {options.batch} × {options.seq:,} tokens"
     written = str(options.out / "estimate.json")
     if stacked_bars(options.out / "estimate.png", bars, title, budget):
