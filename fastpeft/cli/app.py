@@ -372,16 +372,29 @@ def bench(
     lengths: Annotated[str | None, Option(help="Of the sweep: tokens a row. [default: 64,128,256]")] = None,
     checkpoints: Annotated[str | None, Option(help="Of the sweep. [default: all modes]")] = None,
     methods: Annotated[str | None, Option(help="Of the sweep: lora, dora, qlora. [default: --method]")] = None,
+    calibrate: Annotated[
+        bool,
+        Option("--calibrate", help="Only measure, and write down, which path 4-bit products take on this machine."),
+    ] = False,
 ) -> None:
     """Time training steps against PEFT: same weights, same batches, interleaved step by step in one process.
 
     [bold]fastpeft bench --model smollm2-6l --dropout 0.05[/bold]
     """
     with explained():
+        if calibrate:
+            from fastpeft.cli.calibrate import calibrate as measure
+            from fastpeft.cli.errors import CommandError
+
+            if model is not None or config is not None:
+                raise CommandError("--calibrate measures products of its own: leave --model and --config out")
+            measure(device.value, threads)
+            return
         from fastpeft.cli.bench import bench as run
         from fastpeft.cli.contenders import BenchOptions
 
-        run(BenchOptions(**{k: v.value if isinstance(v, enum.Enum) else v for k, v in ctx.params.items()}))
+        options = {k: v for k, v in ctx.params.items() if k != "calibrate"}
+        run(BenchOptions(**{k: v.value if isinstance(v, enum.Enum) else v for k, v in options.items()}))
 
 
 @app.command()

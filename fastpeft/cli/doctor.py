@@ -225,6 +225,13 @@ def _operators() -> dict[str, dict[str, str]]:
     return result
 
 
+def _decisions() -> str:
+    """Which table says what path the 4-bit products take."""
+    from fastpeft.ops import decisions
+
+    return decisions.in_force()
+
+
 def _has_kernel(operator: str, key: str) -> bool:
     import torch
 
@@ -284,6 +291,7 @@ def examine() -> dict[str, Any]:
         gpu = report["gpu"]
         if report["build"].get("cuda") and gpu.get("usable") and backends.get("cuda", "").startswith("not available"):
             found.notes.append(f"CUDA kernels {backends['cuda']}; Triton's are used instead")
+        report["decisions"] = found.guard("the table of decisions", _decisions, None)
         report["operators"] = found.guard("the operators", _operators, {})
         report["self_test"] = found.guard("the self-test", _self_test, None)
     if report["optional"]["triton"]["version"] is None and report.get("gpu", {}).get("usable"):
@@ -349,6 +357,8 @@ def _show(report: dict[str, Any]) -> None:
     for key, title in (("triton", "Triton"), ("cuda", "CUDA C++")):
         if line := report.get("backends", {}).get(key):
             machine[title] = f"[faint]{line}[/faint]" if line.startswith("not available") else line
+    if line := report.get("decisions"):
+        machine["decisions"] = line
     for name, value in report["environment"].items():
         machine[name] = f"[warn]{value}[/warn]"
     console.print(facts("Machine", machine))

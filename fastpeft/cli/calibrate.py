@@ -1,0 +1,129 @@
+"""`fastpeft bench --calibrate`: which path the 4-bit products take is measured on this machine and written down.
+
+For each dtype, `linear_4bit` and its backward are timed by both paths, interleaved, on more and more rows; the table's
+entry is the largest number of rows up to which decoding in place was never the slower one. `ops/decisions.py` has the
+form and the place of the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from fastpeft.cli.console import console
+from fastpeft.cli.models import pick_device
+from fastpeft.measure import Contender, interleave
+from fastpeft.ops import decisions
+from fastpeft.ops.backend import route
+from fastpeft.ops.nf4 import Weight4bit, quantize_4bit
+from fastpeft.ops.nf4_linear import input_gradient, linear
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+SHAPE = (1536, 576)
+
+
+def calibrate(
+    device_name: str, threads: int | None, rows: tuple[int, ...] = ROWS, shape: tuple[int, int] = SHAPE, steps: int = 7
+) -> Path:
+    """Measure, show the entries before and after, write the user's table; returns the file.
+
+    Raises CommandError where the device is not there; ValueError where the table in force cannot be read.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    device = pick_device(device_name)
+    table = copy.deepcopy(decisions.load()[0])
+    entries = table["linear_4bit"].setdefault(device.type, {})
+    before = copy.deepcopy(entries)
+    with console.status("measuring the 4-bit products"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            panel_bytes = entries.get(name, {}).get("panel_bytes", decisions.MAX_PANEL_BYTES)
+            forward, backward = _measure(device, dtype, panel_bytes, rows, shape, steps)
+            entries[name] = {"forward": forward, "backward": backward, "panel_bytes": panel_bytes}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    table["measured"] = f"{today}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path = decisions.save(table)
+    _show(before, entries, device.type, path)
+    return path
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _measure(
+    device: torch.device,
+    dtype: torch.dtype,
+    panel_bytes: int,
+    rows: tuple[int, ...],
+    shape: tuple[int, int],
+    steps: int,
+) -> tuple[int, int]:
+    """Up to how many rows decoding in place is not slower: forward, backward."""
+    weight, backend = quantize_4bit(torch.randn(*shape, device=device), "nf4", 64, True), route(device)
+
+    def in_place(product: Callable[[torch.Tensor], Any], x: torch.Tensor) -> bool:
+        def by(limit: int) -> Callable[[int], torch.Tensor]:
+            def step(_: int) -> torch.Tensor:
+                with decisions.forced(decisions.Rows(limit, limit, panel_bytes)):
+                    return product(x).flatten()[:1]
+
+            return step
+
+        times = interleave(
+            [Contender("in place", by(len(x))), Contender("panels", by(0))], steps=steps, warmup=2, device=device
+        )
+        return times["in place"].median <= times["panels"].median
+
+    return (
+        _up_to(rows, lambda m: in_place(lambda x: _forward(backend, x, weight), _rows(m, shape[1], dtype, device))),
+        _up_to(
+            rows, lambda m: in_place(lambda x: input_gradient(backend, x, weight), _rows(m, shape[0], dtype, device))
+        ),
+    )
+
+
+def _forward(backend: str, x: torch.Tensor, weight: Weight4bit) -> torch.Tensor:
+    return linear(backend, x, weight, None)
+
+
+def _rows(m: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(m, columns, device=device).to(dtype)
+
+
+def _up_to(rows: tuple[int, ...], faster: Callable[[int], bool]) -> int:
+    most = 0
+    for m in rows:
+        if not faster(m):
+            break
+        most = m
+    return most
+
+
+def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, path: Path) -> None:
+    table = Table(
+        box=box.ROUNDED, border_style="faint", title=f"4-bit products on {device_type}: decoded in place up to"
+    )
+    for column in ("dtype", "rows, forward", "rows, backward"):
+        table.add_column(column)
+    for name, entry in after.items():
+        old = before.get(name, {})
+        table.add_row(name, *(f"{old.get(key, '–')} → {entry[key]}" for key in ("forward", "backward")))
+    console.print(table)
+    console.print(f"[faint]written to[/faint] {escape(str(path))}; delete it to have the package's own table again")
