@@ -231,7 +231,10 @@ def _backward(
         d_inputs = producer.backward(plan.backend, total, flat, extras, need_inputs)
     else:
         d_inputs = [None] * count
-    shaped_like = [d if d is None or x is None else d.view(x.shape) for d, x in zip(d_inputs, inputs)]
+    shaped_like = [
+        d if d is None or x is None else d.view(x.shape) if d.numel() == x.numel() else None
+        for d, x in zip(d_inputs, inputs)
+    ]
     return shaped_like, d_weights, dA, dB
 
 
