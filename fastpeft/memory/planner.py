@@ -21,6 +21,9 @@ from .counting import Counts, count
 from .modes import MODES
 
 
+_GUESSES = 5  # lengths counted to find one that fits
+
+
 @dataclass
 class Plan:
     """A mode for each layer, and what comes of it."""
@@ -159,9 +162,7 @@ def _inputs(model: Any, batch: int, seq: int) -> dict[str, Any]:
 
 
 def _why_not(counts: Counts, static: int, budget: int, model: nn.Module, batch: int, seq: int) -> str:
-    leanest = min(
-        (describe(counts, [mode] * len(counts.layers), static, budget) for mode in MODES), key=lambda plan: plan.peak
-    )
+    leanest = _leanest(counts, static, budget)
     text = (
         f"no plan for {batch} x {seq} tokens fits into {_gib(budget)}: with checkpoint={leanest.modes[0]!r} the peak, "
         f"at {leanest.moment}, is {_gib(leanest.peak)}, {_gib(leanest.peak - budget)} too much"
@@ -169,19 +170,23 @@ def _why_not(counts: Counts, static: int, budget: int, model: nn.Module, batch: 
     if static >= budget:
         alone = f"Weights, gradients and optimizer alone are {_gib(static)}"
         return f"{text}. {alone}: take a quantised model, or a larger budget"
-    # What a step needs beside the weights is in proportion to its tokens, or more than that.
-    fits, low, high = 0, 1, max(1, seq - 1)
-    while low <= high:
-        middle = (low + high) // 2
-        if make_plan(_counts(model, batch, middle), static, budget) is not None:
-            fits, low = middle, middle + 1
-        else:
-            high = middle - 1
-        if high - low < max(1, seq // 64):
+    # What a step needs beside the weights is about in proportion to its tokens. A count takes as long as some steps, so
+    # a length is guessed and counted, not searched for.
+    length, peak = seq, leanest.peak
+    for _ in range(_GUESSES):
+        length = min(length - 1, int(length * (budget - static) / (peak - static)))
+        if length < 1:
             break
-    if fits:
-        return f"{text}. It would fit with seq={fits}" + (f", or with fewer than {batch} rows" if batch > 1 else "")
-    return f"{text}. No length fits with {batch} rows: take a batch of 1, or a larger budget"
+        counts = _counts(model, batch, length)
+        if make_plan(counts, static, budget) is not None:
+            return f"{text}. It would fit with seq={length}" + (f", or with fewer than {batch} rows" if batch > 1 else "")
+        peak = _leanest(counts, static, budget).peak
+    return f"{text}. No length was found that fits with {batch} rows: take a batch of 1, or a larger budget"
+
+
+def _leanest(counts: Counts, static: int, budget: int) -> Plan:
+    plans = (describe(counts, [mode] * len(counts.layers), static, budget) for mode in MODES)
+    return min(plans, key=lambda plan: plan.peak)
 
 
 def _gib(count: float) -> str:
