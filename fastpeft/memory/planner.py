@@ -20,7 +20,6 @@ from torch import nn
 from .counting import Counts, count
 from .modes import MODES
 
-
 _GUESSES = 5  # lengths counted to find one that fits
 
 
@@ -179,7 +178,9 @@ def _why_not(counts: Counts, static: int, budget: int, model: nn.Module, batch: 
             break
         counts = _counts(model, batch, length)
         if make_plan(counts, static, budget) is not None:
-            return f"{text}. It would fit with seq={length}" + (f", or with fewer than {batch} rows" if batch > 1 else "")
+            return f"{text}. It would fit with seq={length}" + (
+                f", or with fewer than {batch} rows" if batch > 1 else ""
+            )
         peak = _leanest(counts, static, budget).peak
     return f"{text}. No length was found that fits with {batch} rows: take a batch of 1, or a larger budget"
 
