@@ -252,7 +252,8 @@ def _shrink_tile(R: int, members: int, M: int, n: int, drop: bool, multiprocesso
     if members * BR > {1: 64, 3: 32, 6: 16}[n]:
         return None
     BM = power_of_two(M, 16, 32 if n == 6 or triton.cdiv(M, 64) < multiprocessors else 64)
-    return config(warps=BM // 16, stages=2, G=members, BM=BM, BK=32 if n == 6 or (drop and members > 1) else 64, BR=BR)
+    BK = 16 if n == 6 else 32 if drop and (members > 1 or n == 3) else 64
+    return config(warps=BM // 16, stages=2, G=members, BM=BM, BK=BK, BR=BR)
 
 
 def glu_shrink(
