@@ -24,19 +24,24 @@ class Products:
         runner = Runner("eager", options)  # with adapters, to see which inputs need a gradient
         self.forward: list[tuple[Tensor, Tensor]] = []  # x (M, K), Wᵀ
         self.backward: list[tuple[Tensor, Tensor]] = []  # dy (M, N), W
-        operands: dict[tuple[int, int], Tensor] = {}
+        operands: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
-        def operand(rows: int, columns: int) -> Tensor:
-            if (rows, columns) not in operands:
-                operands[rows, columns] = torch.randn(rows, columns, device=runner.device).to(runner.dtype)
-            return operands[rows, columns]
+        def operand(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+            key = (rows, columns, dtype)
+            if key not in operands:
+                operands[key] = torch.randn(rows, columns, device=runner.device).to(dtype)
+            return operands[key]
 
         def note(layer: Any, inputs: tuple[Any, ...]) -> None:
-            x, weight = inputs[0], layer.weight.detach().to(runner.dtype)
+            x, weight, size = inputs[0], layer.weight.detach(), (layer.out_features, layer.in_features)
+            if options.method != "qlora":
+                weight = weight.to(runner.dtype)
+            elif weight.shape != size:  # packed: the floor is the product without decoding; what is in it costs nothing
+                weight = torch.randn(*size, device=runner.device).to(runner.dtype)
             rows = x.shape[:-1].numel()
-            self.forward.append((operand(rows, weight.shape[1]), weight.t()))
+            self.forward.append((operand(rows, size[1], weight.dtype), weight.t()))
             if x.requires_grad:
-                self.backward.append((operand(rows, weight.shape[0]), weight))
+                self.backward.append((operand(rows, size[0], weight.dtype), weight))
 
         hooks = [layer.register_forward_pre_hook(note) for layer in base_linears(runner.model)]
         try:

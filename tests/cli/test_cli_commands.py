@@ -184,6 +184,33 @@ def test_the_floor_is_the_products_a_step_cannot_do_without(tiny_model: Path) ->
     floor.step(0)
 
 
+def test_the_floor_of_a_model_of_4_bits_is_of_its_weights_not_of_their_bytes(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = contenders.BenchOptions(
+        config=tiny_model / "config.json",
+        layers=2,
+        batch=2,
+        seq=16,
+        r=4,
+        device="cpu",
+        dtype="bfloat16",
+        method="qlora",
+        layers=2,
+        batch=2,
+        seq=16,
+        r=4,
+        device="cpu",
+        dtype="bfloat16",
+        method="qlora",
+    )
+    floor = Products(options)
+    hidden = json.loads((tiny_model / "config.json").read_text())["hidden_size"]
+    assert all(x.shape[1] == weight.shape[0] for x, weight in floor.forward)
+    assert floor.forward[0][1].shape == (hidden, hidden) and floor.forward[0][1].dtype == torch.bfloat16
+    assert floor.forward[-1][1].dtype == torch.float32  # the head is not quantised
+    floor.step(0)
+
+
 def test_bench_of_nothing(fastpeft_command: Callable, tmp_path: Path) -> None:
     assert "smollm2-6l" in fastpeft_command("bench", "--out", tmp_path, code=2).output
     said = fastpeft_command("bench", "--config", tmp_path / "no.json", "--out", tmp_path, code=2).output
