@@ -186,23 +186,8 @@ def test_the_floor_is_the_products_a_step_cannot_do_without(tiny_model: Path) ->
 
 def test_the_floor_of_a_model_of_4_bits_is_of_its_weights_not_of_their_bytes(tiny_model: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    options = contenders.BenchOptions(
-        config=tiny_model / "config.json",
-        layers=2,
-        batch=2,
-        seq=16,
-        r=4,
-        device="cpu",
-        dtype="bfloat16",
-        method="qlora",
-        layers=2,
-        batch=2,
-        seq=16,
-        r=4,
-        device="cpu",
-        dtype="bfloat16",
-        method="qlora",
-    )
+    shape = {"layers": 2, "batch": 2, "seq": 16, "r": 4, "device": "cpu"}
+    options = contenders.BenchOptions(config=tiny_model / "config.json", dtype="bfloat16", method="qlora", **shape)
     floor = Products(options)
     hidden = json.loads((tiny_model / "config.json").read_text())["hidden_size"]
     assert all(x.shape[1] == weight.shape[0] for x, weight in floor.forward)
