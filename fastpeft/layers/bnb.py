@@ -6,6 +6,7 @@ Nothing here imports bitsandbytes before a layer of it is met.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -25,8 +26,10 @@ from fastpeft.ops.dora_linear import dora_linear
 from fastpeft.ops.nf4 import Weight4bit, dequantize_4bit, weight_4bit
 from fastpeft.ops.nf4_linear import nf4_linear
 from fastpeft.ops.products import MAX_RANK
+from fastpeft.ops.weight_norm import RowPanels
 
 REPACKS = "support_avx512bf16_for_cpu"  # the attribute by which a Linear4bit repacks its weight in evaluation
+_PANEL = 1 << 20  # elements of an 8-bit weight decoded at once, for its rows' norms
 
 _weights: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Weight4bit]] = WeakKeyDictionary()
 
@@ -312,10 +315,28 @@ class Linear8bitLt(_Quantised):
         """The base weight (N, K), decoded, in fp32."""
         from bitsandbytes.functional import int8_vectorwise_dequant
 
+        return int8_vectorwise_dequant(self.get_base_layer().weight.data, self._scales())
+
+    def _scales(self) -> Tensor:
         base = self.get_base_layer()
         if base.state.SCB is None:
             base.state.SCB = base.weight.SCB
-        return int8_vectorwise_dequant(base.weight.data, base.state.SCB.to(base.weight.device))
+        scales: Tensor = base.state.SCB.to(base.weight.device)
+        return scales
+
+    def norm_weight(self) -> Any:
+        """The base weight some rows at a time, 4 MiB of it decoded at once."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        weight, scales = self.get_base_layer().weight.data, self._scales()
+        step = max(1, _PANEL // max(1, weight.shape[1]))
+
+        def panels() -> Iterator[tuple[slice, Tensor]]:
+            for first in range(0, max(1, weight.shape[0]), step):
+                rows = slice(first, first + step)
+                yield rows, int8_vectorwise_dequant(weight[rows], scales[rows])
+
+        return RowPanels(tuple(weight.shape), panels)
 
     def _set_weight(self, weight: Tensor) -> None:
         base = self.get_base_layer()

@@ -17,7 +17,8 @@ that bitsandbytes' `dequantize_4bit` would give, and of it no more than 4 MiB is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,11 +31,21 @@ _LEFT_OF_TERMS = 0.25  # below this part of its terms a sum counts as cancelled:
 _BLOCK = 1 << 22  # elements of W converted at a time
 
 
-def weight_norm(weight: Tensor | Weight4bit, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+@dataclass
+class RowPanels:
+    """A weight that is decoded some rows at a time: its shape (N, K), and what gives (rows, those rows) in turn."""
+
+    shape: tuple[int, int]
+    panels: Callable[[], Iterator[tuple[slice, Tensor]]]
+
+
+def weight_norm(
+    weight: Tensor | Weight4bit | RowPanels, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> Tensor:
     """|W_n + scaling (BA)_n| for each row n: (N,) in fp32 (float64 if an operand is), detached.
 
-    weight: (N, K), any strides (a transposed view for a weight stored as (in, out)), or of 4 bits. lora_A: (r, K),
-    lora_B: (N, r).
+    weight: (N, K), any strides (a transposed view for a weight stored as (in, out)), or of 4 bits, or RowPanels.
+    lora_A: (r, K), lora_B: (N, r).
 
     Raises ValueError on shapes that do not fit.
     """
@@ -46,6 +57,8 @@ def weight_norm(weight: Tensor | Weight4bit, lora_A: Tensor, lora_B: Tensor, sca
         )
     if isinstance(weight, Weight4bit):
         return _by_panels(weight, lora_A.detach(), lora_B.detach(), scaling)
+    if isinstance(weight, RowPanels):
+        return torch.cat([weight_norm(panel, lora_A, lora_B[rows], scaling) for rows, panel in weight.panels()])
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling.detach(), 1.0

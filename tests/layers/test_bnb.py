@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
+from fastpeft.layers import bnb as bnb_layers
 from fastpeft.layers.bnb import Linear4bit, Linear8bitLt, kind_of, read_4bit
 from fastpeft.ops.nf4 import dequantize_4bit
+from fastpeft.ops.weight_norm import weight_norm
 
 bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -108,6 +110,20 @@ def test_8bit_behaves_as_under_peft(dora: bool) -> None:
         torch.testing.assert_close(ours(x), theirs(x), atol=4e-3, rtol=4e-3)
         plain = fastpeft.get_peft_model(Model(8, None, torch.float16), fastpeft.LoraConfig(**LORA))
         assert type(plain.merge_and_unload(dequantize=True)[0]) is nn.Linear
+
+
+def test_the_norms_of_8_bit_weights_are_made_of_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded whole, a weight would be there in fp32 beside its 8 bits, four times their size."""
+    layer = both(8, dtype=torch.float16, use_dora=True)[0].base_model.model[0]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    whole = weight_norm(layer.dequantized_weight(), A, B, 2.0)
+    assert torch.equal(weight_norm(layer.norm_weight(), A, B, 2.0), whole)
+    monkeypatch.setattr(bnb_layers, "_PANEL", 10 * layer.in_features)
+    panels = [(rows, panel.shape) for rows, panel in layer.norm_weight().panels()]
+    assert len(panels) == 13 and panels[-1] == (slice(120, 130), (8, layer.in_features))
+    torch.testing.assert_close(weight_norm(layer.norm_weight(), A, B, 2.0), whole, atol=0, rtol=1e-6)
+    monkeypatch.setattr(Linear8bitLt, "dequantized_weight", None)
+    layer(torch.randn(5, 64).half()).sum().backward()
 
 
 def test_merging_requantises_as_peft_does_and_says_what_it_lost() -> None:
