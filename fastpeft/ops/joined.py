@@ -231,11 +231,7 @@ def _backward(
         d_inputs = producer.backward(plan.backend, total, flat, extras, need_inputs)
     else:
         d_inputs = [None] * count
-    # What nobody needs (a frozen norm's weight) the producer's kernels give as None or as a tensor of no elements.
-    shaped_like = [
-        d.view(x.shape) if need and d is not None and x is not None else None
-        for d, x, need in zip(d_inputs, inputs, need_inputs)
-    ]
+    shaped_like = [d if d is None or x is None else d.view(x.shape) for d, x in zip(d_inputs, inputs)]
     return shaped_like, d_weights, dA, dB
 
 

@@ -54,7 +54,8 @@ class RMSNorm:
         self, backend: str, dn: Tensor, inputs: Sequence[Any], extras: Sequence[Tensor], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         x, weight = inputs
-        return OPS[backend].rms_norm_backward(dn, x, extras[0], weight, self.offset, None, needs[1])
+        found = OPS[backend].rms_norm_backward(dn, x, extras[0], weight, self.offset, None, needs[1])
+        return _wanted(found, needs)
 
     def backward_rim(
         self,

@@ -151,6 +151,27 @@ def test_some_outputs_unused(device: torch.device, kind: str, used: tuple[int, .
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("used", [(0,), (0, 2)])
+@pytest.mark.parametrize("kind", ["rms_norm", "gemma_norm", "layer_norm"])
+def test_a_frozen_norm_whose_adapters_nobody_uses(
+    device: torch.device, kind: str, used: tuple[int, ...], dora: bool
+) -> None:
+    """The second projection has no adapter, or with DoRA none of them is used: the norm's own backward runs."""
+    case = Case(kind, device, ranks=(5, 4, 3) if dora else RANKS)
+    for parameter in case.parameters:
+        parameter.requires_grad_(False)
+    if not dora:
+        theirs = case.results(case.formula(), used)
+        for mine, other in zip(case.results(case.call(), used), theirs):
+            assert (mine is None and (other is None or not other.any())) or torch.allclose(mine, other, 1e-4, 1e-4)
+        return
+    magnitudes = [torch.rand(n, device=device).add_(0.5).requires_grad_() for n in SPLITS]
+    (mine,) = torch.autograd.grad(case.call(magnitudes=magnitudes)[0], case.inputs, case.dn)
+    (other,) = torch.autograd.grad(case.produced(), case.inputs, case.dn)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["layer_norm", "silu_glu"])
 @pytest.mark.parametrize("frozen", ["inputs", "adapters", "all but A"])
 def test_only_what_is_asked_for(device: torch.device, kind: str, frozen: str) -> None:
