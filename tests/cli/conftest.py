@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_tiny import make_tokenizer, rows, write_rows
-from typer.testing import CliRunner, Result
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A model this small gains nothing from threads, and loses much where other processes compete for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _small(one_thread: None) -> None:
+    """These models gain nothing from threads."""
 
 
 @pytest.fixture(scope="session")
@@ -62,18 +56,3 @@ def write_llama(folder: Path, tokenizer: Any, width: int) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", rows())
-
-
-@pytest.fixture
-def fastpeft_command() -> Callable[..., Result]:
-    """`fastpeft_command("finetune", "--out", …)`: the command in this process; an unexpected exception is raised."""
-    from fastpeft.cli.app import app
-
-    def run(*arguments: object, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return run

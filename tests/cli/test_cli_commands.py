@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import subprocess
@@ -214,3 +215,18 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_version(fastpeft_command: Callable) -> None:
     assert fastpeft_command("--version").output.strip() == f"fastpeft {fastpeft.__version__}"
+
+
+def test_the_commands_offer_what_the_package_has() -> None:
+    from fastpeft.cli import app
+    from fastpeft.memory import MODES
+    from fastpeft.memory.estimate import PARALLEL
+    from fastpeft.memory.optimizers import OPTIMIZERS
+    from fastpeft.memory.standin import METHODS
+
+    def values(choices: type[enum.Enum]) -> list[str]:
+        return [choice.value for choice in choices]
+
+    assert values(app.Optim) == list(OPTIMIZERS)
+    assert values(app.Checkpoint) == list(MODES) and values(app.EstimatedCheckpoint) == ["all", "auto", *MODES]
+    assert set(values(app.MethodName)) == set(METHODS) and set(values(app.Parallel)) == set(PARALLEL)
