@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import loss as losses
 from . import rope as rotations
@@ -37,7 +37,7 @@ from .reading import is_tuner_layer
 from .recognise import ActivationSpec, NormSpec
 from .report import Report, Row
 from .stacking import Stack
-from .tolerance import of_outputs
+from .tolerance import differ
 from .verify import verify_alone, verify_group, verify_joined
 
 logger = logging.getLogger("fastpeft")
@@ -397,27 +397,7 @@ def _check_model(seen: Any, patching: _Patching) -> str | None:
             group.end_probing()
         for rotation in turned:
             rotation.probing = False
-    return _differ(observation.result, again, patching.root)
-
-
-def _differ(first: list[Tensor], second: list[Tensor], root: nn.Module) -> str | None:
-    if len(first) != len(second):
-        return "the patched model returns something else"
-    for a, b in zip(first, second):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return "the patched model returns other shapes or dtypes"
-        if a.is_meta:
-            continue
-        error = _relative(a, b)
-        if not error <= of_outputs(root, a.dtype):
-            return f"the patched model's output differs by {error:.1e}"
-    return None
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    finite = torch.isfinite(a) & torch.isfinite(b)
-    a, b = a.double()[finite], b.double()[finite]
-    return ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
+    return differ(observation.result, again, patching.root)
 
 
 def _source_row(source: Source, plan: GroupPlan | None) -> Row:

@@ -28,8 +28,9 @@ from .observe import run_quietly
 from .reading import FLOATS
 from .recognise import _SAME, mode_of
 from .report import Row
-from .tolerance import FACTOR, FORMULA, distance, of_outputs
+from .tolerance import FACTOR, FORMULA, differ, distance
 
+_KIND = "RoPE"
 _TOKENS = 24  # of a trial
 
 
@@ -289,13 +290,12 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
             rotation = recognise(call, known)
             if rotation is not None:
                 rotations.setdefault(call.name, rotation)
-        kind = "RoPE"
         if not rotations:
             what = ", ".join(dict.fromkeys(call.name for call in of_module))
-            rows[module] = Row(names[module], kind, reason=f"no fused form for what {what} computes")
+            rows[module] = Row(names[module], _KIND, reason=f"no fused form for what {what} computes")
             continue
         done[module] = RopeForward(module, rotations)
-        rows[module] = Row(names[module], kind, "rope", "one operator call in its own code")
+        rows[module] = Row(names[module], _KIND, "rope", "one operator call in its own code")
     for module, forward in done.items():
         module.__dict__["forward"] = forward
     reason = _check(target, args, kwargs, before, done) if done and verify else None
@@ -303,12 +303,11 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
         for module, forward in done.items():
             forward.active = False
             del module.__dict__["forward"]
-            rows[module] = Row(names[module], rows[module].kind, reason=reason)
+            rows[module] = Row(names[module], _KIND, reason=reason)
     sources = {type(module).forward for module in done}
     for module in functions:
         if _replaced(module) and module not in done and type(module).forward in sources:
-            kind = "RoPE"
-            rows[module] = Row(names[module], kind, reason="other code has replaced its forward")
+            rows[module] = Row(names[module], _KIND, reason="other code has replaced its forward")
     return list(rows.values())
 
 
@@ -441,14 +440,7 @@ def _check(
     finally:
         for rotation in rotations:
             rotation.probing = False
-    if [(t.shape, t.dtype) for t in before] != [(t.shape, t.dtype) for t in after]:
-        return "the model returns something else with the operator"
-    for a, b in zip(before, after):
-        finite = torch.isfinite(a) & torch.isfinite(b)
-        apart = distance(b[finite], a[finite])
-        if not apart <= of_outputs(target, a.dtype):
-            return f"the model's output differs by {apart:.1e} with the operator"
-    return None
+    return differ(before, after, target)
 
 
 class _Names(dict[str, Any]):

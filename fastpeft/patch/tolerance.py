@@ -31,6 +31,22 @@ def of_outputs(model: nn.Module, dtype: torch.dtype) -> float:
     return 5e-2 if coarse else 1e-3
 
 
+def differ(first: list[Tensor], second: list[Tensor], model: nn.Module) -> str | None:
+    """What is wrong with what the patched model returned, second; None where it is what it returned before."""
+    if len(first) != len(second):
+        return "the patched model returns something else"
+    for a, b in zip(first, second):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return "the patched model returns other shapes or dtypes"
+        if a.is_meta:
+            continue
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        apart = distance(b[finite], a[finite])
+        if not apart <= of_outputs(model, a.dtype):
+            return f"the patched model's output differs by {apart:.1e}"
+    return None
+
+
 def distance(value: Tensor, truth: Tensor) -> float:
     """Relative root-mean-square error; infinite where there is a NaN."""
     truth = truth.double()
