@@ -40,7 +40,6 @@ class Rows(NamedTuple):
 _OTHERS = Rows(0, 0, MAX_PANEL_BYTES)
 _rows: dict[tuple[str, torch.dtype], Rows] = {}
 _forced: list[Rows] = []
-_gemm = [math.inf]
 
 
 def path_of_user() -> Path:
@@ -60,9 +59,7 @@ def load() -> tuple[dict[str, Any], str]:
         path = Path(__file__).with_name("decisions.json")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        for of_device in table["linear_4bit"].values():
-            for entry in of_device.values():
-                _checked(entry)
+        _check_table(table)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the table of decisions {path} cannot be used ({type(error).__name__}: {error}); delete it, or write it "
@@ -73,9 +70,7 @@ def load() -> tuple[dict[str, Any], str]:
 
 def save(table: dict[str, Any]) -> Path:
     """Write a table to the user's cache and use it from now on. Returns the file."""
-    for of_device in table["linear_4bit"].values():
-        for entry in of_device.values():
-            _checked(entry)
+    _check_table(table)
     path = path_of_user()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
@@ -83,18 +78,21 @@ def save(table: dict[str, Any]) -> Path:
     return path
 
 
+@functools.cache
 def gemm_rows() -> float:
     """From how many rows of its left operand on a product of fp32 matrices on the CPU is ours; infinity: never."""
-    if not _rows:
-        ready()
-    return _gemm[0]
+    entry, extension = load()[0]["gemm"]["cpu"]["float32"], cpu_extension()
+    rows, makers = entry["rows"], entry["processors"]
+    if rows is None or extension is None or extension.isa() == "scalar":
+        return math.inf
+    return rows if makers is None or extension.maker() in makers else math.inf
 
 
 def forget() -> None:
     """Read the table anew at the next question."""
     load.cache_clear()
+    gemm_rows.cache_clear()
     _rows.clear()
-    _gemm[0] = math.inf
 
 
 def linear_4bit(device_type: str, dtype: torch.dtype) -> Rows:
@@ -126,18 +124,19 @@ def in_force() -> str:
 def ready() -> None:
     """Read the table, so that torch.compile finds a dictionary and not a file."""
     if not _rows:
-        _gemm[0] = _gemm_rows(load()[0]["gemm"]["cpu"]["float32"])
         for device_type, of_device in load()[0]["linear_4bit"].items():
             for name, entry in of_device.items():
                 _rows[device_type, getattr(torch, name)] = _checked(entry)
 
 
-def _gemm_rows(entry: dict[str, Any]) -> float:
-    extension = cpu_extension()
-    makers = entry["processors"]
-    if entry["rows"] is None or extension is None or extension.isa() == "scalar":
-        return math.inf
-    return int(entry["rows"]) if makers is None or extension.maker() in makers else math.inf
+def _check_table(table: dict[str, Any]) -> None:
+    for of_device in table["linear_4bit"].values():
+        for entry in of_device.values():
+            _checked(entry)
+    entry = table["gemm"]["cpu"]["float32"]
+    rows, makers = entry["rows"], entry["processors"]
+    if not (rows is None or isinstance(rows, int)) or not (makers is None or isinstance(makers, list)):
+        raise ValueError(f"{entry} is not a number of rows or null, and a list of makers or null")
 
 
 def _checked(entry: dict[str, Any]) -> Rows:

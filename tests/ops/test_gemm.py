@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,8 +19,7 @@ needs_extension = pytest.mark.skipif(cpu_extension() is None, reason="no C++ ext
 @pytest.fixture
 def from_32_rows(monkeypatch):
     """As on a processor on which ours was measured to be faster."""
-    decisions.ready()
-    monkeypatch.setattr(decisions, "_gemm", [32])
+    monkeypatch.setattr(decisions, "gemm_rows", lambda: 32)
 
 
 def operand(rows, columns, turned, gap):
@@ -126,19 +127,50 @@ def test_when_ours_is_taken(from_32_rows, monkeypatch):
         assert not gemm.ours("auto", a, b)
     finally:
         torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(decisions, "_gemm", [float("inf")])
+    monkeypatch.setattr(decisions, "gemm_rows", lambda: float("inf"))
     assert not gemm.ours("auto", a, b)
 
 
+@pytest.fixture
+def rows_by_table(monkeypatch):
+    """What the table of decisions says where `gemm.cpu.float32` is the entry given."""
+    table = decisions.load()[0]
+
+    def ask(rows, processors):
+        changed = {**table, "gemm": {"cpu": {"float32": {"rows": rows, "processors": processors}}}}
+        monkeypatch.setattr(decisions, "load", lambda: (changed, "a test"))
+        decisions.gemm_rows.cache_clear()
+        return decisions.gemm_rows()
+
+    yield ask
+    decisions.gemm_rows.cache_clear()
+
+
 @needs_extension
-def test_by_the_table_of_decisions(monkeypatch):
+def test_by_the_table_of_decisions(rows_by_table):
     maker = cpu_extension().maker()
     assert maker in ("amd", "intel", "other")
-    assert decisions._gemm_rows({"rows": None, "processors": None}) == float("inf")
+    assert rows_by_table(None, None) == float("inf")
     if cpu_extension().isa() != "scalar":
-        assert decisions._gemm_rows({"rows": 5, "processors": None}) == 5
-        assert decisions._gemm_rows({"rows": 5, "processors": [maker]}) == 5
-    assert decisions._gemm_rows({"rows": 5, "processors": ["none of them"]}) == float("inf")
+        assert rows_by_table(5, None) == 5
+        assert rows_by_table(5, [maker]) == 5
+    assert rows_by_table(5, ["none of them"]) == float("inf")
+
+
+@pytest.mark.parametrize("entry", [None, {"rows": 32}, {"rows": "many", "processors": None}])
+def test_a_table_whose_entry_cannot_be_used_is_named(entry, monkeypatch, tmp_path):
+    table = {**decisions.load()[0], "gemm": {"cpu": {"float32": entry}}}
+    if entry is None:
+        del table["gemm"]
+    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
+    (tmp_path / "decisions.json").write_text(json.dumps(table))
+    decisions.forget()
+    try:
+        with pytest.raises(ValueError, match="decisions.json cannot be used"):
+            decisions.load()
+    finally:
+        monkeypatch.undo()
+        decisions.forget()
 
 
 @needs_extension
