@@ -313,30 +313,27 @@ class Linear8bitLt(_Quantised):
 
     def dequantized_weight(self) -> Tensor:
         """The base weight (N, K), decoded, in fp32."""
+        return self._decoded(slice(None))
+
+    def _decoded(self, rows: slice) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        return int8_vectorwise_dequant(self.get_base_layer().weight.data, self._scales())
-
-    def _scales(self) -> Tensor:
         base = self.get_base_layer()
         if base.state.SCB is None:
             base.state.SCB = base.weight.SCB
-        scales: Tensor = base.state.SCB.to(base.weight.device)
-        return scales
+        return int8_vectorwise_dequant(base.weight.data[rows], base.state.SCB.to(base.weight.device)[rows])
 
     def norm_weight(self) -> Any:
         """The base weight some rows at a time, 4 MiB of it decoded at once."""
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
-        weight, scales = self.get_base_layer().weight.data, self._scales()
-        step = max(1, _PANEL // max(1, weight.shape[1]))
+        n, k = self.get_base_layer().weight.shape
+        step = max(1, _PANEL // max(1, k))
 
         def panels() -> Iterator[tuple[slice, Tensor]]:
-            for first in range(0, max(1, weight.shape[0]), step):
+            for first in range(0, max(1, n), step):
                 rows = slice(first, first + step)
-                yield rows, int8_vectorwise_dequant(weight[rows], scales[rows])
+                yield rows, self._decoded(rows)
 
-        return RowPanels(tuple(weight.shape), panels)
+        return RowPanels((n, k), panels)
 
     def _set_weight(self, weight: Tensor) -> None:
         base = self.get_base_layer()

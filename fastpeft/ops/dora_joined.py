@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import exact, route
-from .dora_projections import Plan, collect, formula, hand_out, project, promised, recall, split_rows, watch
-from .lora_linear import check, rows_of, shaped
+from .dora_projections import Plan, check_all, collect, formula, hand_out, project, promised, recall, split_rows, watch
+from .lora_linear import rows_of, shaped
 from .projections import flat_inputs, stack_rows
 from .promise import Promise
 
@@ -48,10 +48,7 @@ def dora_joined(
 
     Raises ValueError on shapes that do not fit.
     """
-    for i, (w, a, b, m) in enumerate(zip(weights, lora_A, lora_B, magnitudes)):
-        check(w, w, a, b, dropout_p, f"projection {i}")
-        if m.numel() != w.shape[0]:
-            raise ValueError(f"projection {i}: magnitude must have {w.shape[0]} elements, got {tuple(m.shape)}")
+    check_all(inputs[0], weights, lora_A, lora_B, magnitudes, dropout_p)  # type: ignore[arg-type]
     tensors = [*weights, *biases, *lora_A, *lora_B, *magnitudes]
     if native.transformed(*inputs, *tensors) or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
         n = producer.native(inputs)

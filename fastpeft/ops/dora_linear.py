@@ -42,8 +42,8 @@ from torch import Tensor
 
 from . import native, philox, steps
 from .backend import autocast_enabled, exact, route
-from .dora_projections import Plan, collect, formula, hand_out, project, promised, recall, split_rows, watch
-from .lora_linear import check, rows_of
+from .dora_projections import Plan, check_all, collect, formula, hand_out, project, promised, recall, split_rows, watch
+from .lora_linear import rows_of
 from .nf4 import Weight4bit, dequantize_4bit
 from .projections import stack_rows
 from .promise import Promise
@@ -99,10 +99,7 @@ def dora_linear_group(
     lists = (weights, biases, lora_A, lora_B, magnitudes, scaling)
     if not weights or len({len(part) for part in lists}) != 1:
         raise ValueError(f"every list needs one entry a projection, got {', '.join(str(len(part)) for part in lists)}")
-    for w, a, b, m in zip(weights, lora_A, lora_B, magnitudes):
-        check(x, w, a, b, dropout_p, "dora_linear")
-        if m.numel() != w.shape[0]:
-            raise ValueError(f"dora_linear: magnitude must have {w.shape[0]} elements, got {tuple(m.shape)}")
+    check_all(x, weights, lora_A, lora_B, magnitudes, dropout_p)
     device, dtype, cast = x.device, x.dtype, None
     packed = tuple(w if isinstance(w, Weight4bit) else None for w in weights)
     quantised = any(w is not None for w in packed)

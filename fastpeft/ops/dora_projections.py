@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dora_products as dora_products  # declares the operators
-from . import gemm, native, philox
+from . import native, philox
 from .backend import OPS, cpu_extension
-from .lora_linear import rows_of, shaped
+from .lora_linear import check, rows_of, shaped
 from .nf4 import Weight4bit
-from .nf4_linear import input_gradient, linear
+from .projections import base_gradient, base_product
 from .promise import Promise, Watch
 from .weight_norm import weight_norm
 
@@ -100,6 +100,22 @@ def recall(
     return again
 
 
+def check_all(
+    x: Tensor,
+    weights: Sequence[Tensor | Weight4bit],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
+    dropout_p: float,
+) -> None:
+    """`check` of each projection, and that its magnitude has an element for each row of its weight."""
+    for i, (w, a, b, m) in enumerate(zip(weights, lora_A, lora_B, magnitudes)):
+        where = "dora_linear" if len(weights) == 1 else f"dora_linear: projection {i}"
+        check(x, w, a, b, dropout_p, where)
+        if m.numel() != w.shape[0]:
+            raise ValueError(f"{where}: magnitude must have {w.shape[0]} elements, got {tuple(m.shape)}")
+
+
 def gain_of(
     weight: Tensor | Weight4bit, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -136,13 +152,14 @@ def project(
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s = s_all[:, g * r : g * r + B.shape[1]]
         if seed is None:
-            y = t = _base(plan, flat, w, b)
+            y = t = base_product(plan.backend, flat, w, b)
             ops.dora_expand_(y, s, B, gain, b)
         elif plan.gathers(flat):
-            y = gemm.linear(plan.backend, flat, w, None)
+            y = base_product(plan.backend, flat, w)
             t = ops.dora_drop_(y, flat, w, s, B, gain, b, plan.p, seed, g)
         else:
-            y, t = _base(plan, flat, w), _base(plan, ops.dropout(flat, plan.p, seed, g), w)
+            y = base_product(plan.backend, flat, w)
+            t = base_product(plan.backend, ops.dropout(flat, plan.p, seed, g), w)
             ops.dora_mix_(y, t, s, B, gain, b)
         outputs.append(shaped(y, lead))
         kept.append(t)
@@ -186,7 +203,7 @@ def collect(
         s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
         g, anew = 1 + gain, again[i] or (t is not None and _hides(seed, gain))
         if anew and made is not None:
-            t = _base(plan, made(), w)
+            t = base_product(plan.backend, made(), w)
             ops.lora_expand_(t, s_i, B, [t.shape[1]])
         dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
         given_bias = b if seed is None and not anew else None
@@ -223,20 +240,6 @@ def _scaled_dy(plan: Plan, dy: Tensor, seed: Tensor | None, gain: Tensor) -> tup
     return dt, 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
 
 
-def _base(plan: Plan, x: Tensor, w: Tensor | Weight4bit, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, for x (M, K)."""
-    if isinstance(w, Weight4bit):
-        return linear(plan.backend, x, w, bias)
-    return gemm.linear(plan.backend, x, w, bias)
-
-
-def _base_gradient(plan: Plan, dy: Tensor, w: Tensor | Weight4bit, into: Tensor | None = None) -> Tensor:
-    """dy W, for dy (M, N); added to `into`, in place, where there is one."""
-    if isinstance(w, Weight4bit):
-        return input_gradient(plan.backend, dy, w, into)
-    return gemm.mm(plan.backend, dy, w) if into is None else gemm.addmm_(plan.backend, into, dy, w)
-
-
 def _add_input_gradient(
     plan: Plan,
     dx: Tensor | None,
@@ -250,10 +253,10 @@ def _add_input_gradient(
     """One projection's part of dx, its rim's aside, added to dx where there is one."""
     ops = OPS[plan.backend]
     if seed is not None and not plan.gathers(dy):
-        dx = _base_gradient(plan, dy, w, dx)
-        ops.dropout_add_(dx, _base_gradient(plan, dt, w), plan.p, seed, member)
+        dx = base_gradient(plan.backend, dy, w, dx)
+        ops.dropout_add_(dx, base_gradient(plan.backend, dt, w), plan.p, seed, member)
         return dx
-    dx = _base_gradient(plan, dt, w, dx)
+    dx = base_gradient(plan.backend, dt, w, dx)
     if seed is not None:
         ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
     return dx

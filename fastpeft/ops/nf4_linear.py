@@ -173,24 +173,15 @@ def linear(
     if x.shape[0] <= chosen.forward or x.dtype not in DTYPES:
         return OPS[backend].linear_4bit(x, *weight.storage(), weight.rows, bias, s, B)
     dtype = weight.compute_dtype or x.dtype
-    n, k = weight.shape
+    n = weight.rows
     narrow, y = x.to(dtype), x.new_empty(x.shape[0], n)
-    step = _step(chosen.panel_bytes, k, dtype, n)
-    scratch = _scratch(step * k, dtype, x.device)
     added = None if bias is None else bias.to(dtype)
-    for first in range(0, n, step):
-        count = min(step, n - first)
-        panel = scratch[: count * k].view(count, k)
-        OPS[backend].dequantize_4bit_(panel, *weight.storage(), k, first, 0)
-        part = y.narrow(1, first, count)
+    for rows, panel in row_panels(backend, weight, dtype):
+        part, of_rows = y[:, rows], None if added is None else added[rows]
         if dtype is not x.dtype:
-            part.copy_(
-                torch.nn.functional.linear(narrow, panel, None if added is None else added[first : first + count])
-            )
-        elif added is None:
-            gemm.linear(backend, narrow, panel, None, out=part)
+            part.copy_(gemm.linear(backend, narrow, panel, of_rows))
         else:
-            gemm.linear(backend, narrow, panel, added[first : first + count], out=part)
+            gemm.linear(backend, narrow, panel, of_rows, out=part)
     if s is not None and B is not None:
         steps.expand_(backend, y, s, B, (n,))
     return y
@@ -214,7 +205,7 @@ def input_gradient(backend: str, dy: Tensor, weight: Weight4bit, into: Tensor | 
         OPS[backend].dequantize_4bit_(panel, *weight.storage(), k, 0, first)
         part = dx.narrow(1, first, count)
         if dtype is not dy.dtype:
-            product = torch.mm(narrow, panel)
+            product = gemm.mm(backend, narrow, panel)
             part.copy_(product) if into is None else part.add_(product)
         elif into is None:
             gemm.mm(backend, narrow, panel, out=part)
@@ -223,16 +214,15 @@ def input_gradient(backend: str, dy: Tensor, weight: Weight4bit, into: Tensor | 
     return dx
 
 
-def row_panels(weight: Weight4bit) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, these rows of W in the dtype it was quantised from), one panel after the other in one scratch."""
+def row_panels(backend: str, weight: Weight4bit, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of W in `dtype`), one panel after the other in one scratch."""
     n, k = weight.shape
-    step = _step(_chosen(weight.device.type, weight, weight.dtype).panel_bytes, k, weight.dtype, n)
-    scratch = _scratch(step * k, weight.dtype, weight.device)
-    ops = OPS[route(weight.device)]
+    step = _step(_chosen(weight.device.type, weight, dtype).panel_bytes, k, dtype, n)
+    scratch = _scratch(step * k, dtype, weight.device)
     for first in range(0, n, step):
         count = min(step, n - first)
         panel = scratch[: count * k].view(count, k)
-        ops.dequantize_4bit_(panel, *weight.storage(), k, first, 0)
+        OPS[backend].dequantize_4bit_(panel, *weight.storage(), k, first, 0)
         yield slice(first, first + count), panel
 
 

@@ -111,13 +111,7 @@ def project(
     if not plan.stacked:
         outputs = []
         for i, b in enumerate(biases):
-            w = plan.weight(weights, i)
-            if type(w) is Weight4bit:
-                y = linear(plan.backend, flat, w, b, *rims.get(i, (None, None)))
-            else:
-                y = gemm.linear(plan.backend, flat, w, b)
-                if i in rims:
-                    steps.expand_(plan.backend, y, *rims[i], (plan.splits[i],))
+            y = base_product(plan.backend, flat, plan.weight(weights, i), b, *rims.get(i, (None, None)))
             outputs.append(y if len(lead) == 1 else shaped(y, lead))
         return tuple(outputs)
 
@@ -144,6 +138,30 @@ def project(
     return tuple(blocks)
 
 
+def base_product(
+    backend: str,
+    x: Tensor,
+    w: Tensor | Weight4bit,
+    bias: Tensor | None = None,
+    s: Tensor | None = None,
+    B: Tensor | None = None,
+) -> Tensor:
+    """x (M, K) Wᵀ + bias + s (M, r) Bᵀ."""
+    if isinstance(w, Weight4bit):
+        return linear(backend, x, w, bias, s, B)
+    y = gemm.linear(backend, x, w, bias)
+    if s is not None and B is not None:
+        steps.expand_(backend, y, s, B, (y.shape[1],))
+    return y
+
+
+def base_gradient(backend: str, dy: Tensor, w: Tensor | Weight4bit, into: Tensor | None = None) -> Tensor:
+    """dy (M, N) W; added to `into`, in place, where there is one."""
+    if isinstance(w, Weight4bit):
+        return input_gradient(backend, dy, w, into)
+    return gemm.mm(backend, dy, w) if into is None else gemm.addmm_(backend, into, dy, w)
+
+
 def collect(
     plan: Projections,
     grads: Sequence[Tensor | None],
@@ -163,11 +181,7 @@ def collect(
     if need_dx:
         for i, dy in enumerate(dys):
             if dy is not None:
-                w = plan.weight(weights, i)
-                if type(w) is Weight4bit:
-                    dx = input_gradient(plan.backend, dy, w, dx)
-                else:
-                    dx = gemm.mm(plan.backend, dy, w) if dx is None else gemm.addmm_(plan.backend, dx, dy, w)
+                dx = base_gradient(plan.backend, dy, plan.weight(weights, i), dx)
     dB: list[Tensor | None] = [None] * len(lora_B)
     if not any(dys[i] is not None for i in plan.members):
         return dx, None, dB

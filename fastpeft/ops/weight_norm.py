@@ -55,10 +55,8 @@ def weight_norm(
             f"with weight {(n, k)}, lora_A must be (r, {k}) and lora_B ({n}, r), got {tuple(lora_A.shape)} and "
             f"{tuple(lora_B.shape)}"
         )
-    if isinstance(weight, Weight4bit):
+    if isinstance(weight, Weight4bit | RowPanels):
         return _by_panels(weight, lora_A.detach(), lora_B.detach(), scaling)
-    if isinstance(weight, RowPanels):
-        return torch.cat([weight_norm(panel, lora_A, lora_B[rows], scaling) for rows, panel in weight.panels()])
     weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     if isinstance(scaling, Tensor):
         lora_B, scaling = lora_B * scaling.detach(), 1.0
@@ -69,10 +67,14 @@ def weight_norm(
     return OPS[route(weight.device)].weight_norm(weight, lora_A, lora_B, float(scaling))
 
 
-def _by_panels(weight: Weight4bit, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
-    if weight.rows == 0 or type(A) not in _PLAIN or torch._C._are_functorch_transforms_active():
+def _by_panels(weight: Weight4bit | RowPanels, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tensor:
+    if isinstance(weight, RowPanels):
+        panels = weight.panels()
+    elif weight.rows == 0 or type(A) not in _PLAIN or torch._C._are_functorch_transforms_active():
         return weight_norm(dequantize_4bit(weight), A, B, scaling)
-    parts = [weight_norm(panel, A, B[rows], scaling) for rows, panel in row_panels(weight)]
+    else:
+        panels = row_panels(route(weight.device), weight, weight.dtype)
+    parts = [weight_norm(panel, A, B[rows], scaling) for rows, panel in panels]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
