@@ -70,6 +70,20 @@ def test_layers_are_joined_as_loras_are(library):
     assert_same(outcome(ours), outcome(theirs))
 
 
+def test_a_step_compares_no_tensor_with_none(monkeypatch):
+    """`[m, …].count(None)` asks each tensor whether it equals None: 0.1 ms a time, of every group in every step."""
+    ours = fastpeft.patch(model("peft"))
+
+    equal = torch.Tensor.__eq__
+
+    def compared(self, other):
+        assert other is not None, "a tensor was compared with None"
+        return equal(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__eq__", compared)
+    ours.base_model(inputs_embeds=torch.randn(2, 60, 64)).logits.square().mean().backward()
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_queries_and_keys_are_told_by_their_rotation(verify):
     """In a copy too; v and the others are kept, which costs nothing. Whatever becomes of them, gradients are right."""
