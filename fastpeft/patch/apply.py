@@ -366,7 +366,7 @@ def _build_group(
 
 def _apply_alone(candidate: Candidate, verify: bool) -> Row:
     assert candidate.reading is not None
-    operator = "dora_linear" if candidate.dora else "nf4_linear" if candidate.packed else "lora_linear"
+    operator = _operator_of(candidate)
     if candidate.native:
         return Row(candidate.name, candidate.kind, operator, "the layer's own forward")
     member = LoraForward(candidate.module, candidate.reading, native=False)
@@ -375,6 +375,10 @@ def _apply_alone(candidate: Candidate, verify: bool) -> Row:
         return Row(candidate.name, candidate.kind, reason=f"its replacement does not agree: {reason}")
     candidate.module.__dict__["forward"] = member
     return Row(candidate.name, candidate.kind, operator, "one operator call")
+
+
+def _operator_of(candidate: Candidate) -> str:
+    return "dora_linear" if candidate.dora else "nf4_linear" if candidate.packed else "lora_linear"
 
 
 def _check_model(seen: Any, patching: _Patching) -> str | None:
@@ -409,9 +413,9 @@ def _source_row(source: Source, plan: GroupPlan | None) -> Row:
 
 def _group_row(candidate: Candidate, plan: GroupPlan, group: Group) -> Row:
     names = ", ".join(c.name.rpartition(".")[2] for c in plan.members)
-    operator = "dora_linear" if plan.members[0].dora else "lora_linear"
+    operator = _operator_of(plan.members[0])
     if len(plan.members) > 1:
-        operator += f"_group of {names}"
+        operator = f"{'dora' if plan.members[0].dora else 'lora'}_linear_group of {names}"
     if not any(c.adapted for c in plan.members):
         operator = "linear"
     if plan.source is not None:

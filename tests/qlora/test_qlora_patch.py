@@ -98,7 +98,7 @@ def test_what_is_fused(folder: Path, library: str) -> None:
     q, k, v, o, gate, up, down = (rows[name].fused for name in LINEAR)
     assert q == k == v == "lora_linear_group of q_proj, k_proj, v_proj, joined to input_layernorm"
     assert gate == up == "lora_linear_group of gate_proj, up_proj, joined to post_attention_layernorm"
-    assert (o, down) == ("nf4_linear", "lora_linear, joined to act_fn")
+    assert (o, down) == ("nf4_linear", "nf4_linear, joined to act_fn")
     assert "weights of 4 bits are decoded one by one" in rows["q_proj"].form
     assert all(row.fused == "rms_norm" for row in fastpeft.report(model).rows if "layernorm" in row.module)
 
