@@ -1,8 +1,9 @@
-"""`fastpeft bench --calibrate`: which path the 4-bit products take is measured on this machine and written down.
+"""`fastpeft bench --calibrate`: which paths products take is measured on this machine and written down.
 
 For each dtype, `linear_4bit` and its backward are timed by both paths, interleaved, on more and more rows; the table's
-entry is the largest number of rows up to which decoding in place was never the slower one. `ops/decisions.py` has the
-form and the place of the file.
+entry is the largest number of rows up to which decoding in place was never the slower one. On the CPU the products of
+`gemm` are timed beside the vendor's; the entry is the number of rows from which on ours was never the slower one.
+`ops/decisions.py` has the form and the place of the file.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from fastpeft.cli.console import console
 from fastpeft.cli.models import pick_device
 from fastpeft.measure import Contender, interleave
 from fastpeft.ops import decisions
-from fastpeft.ops.backend import route
+from fastpeft.ops.backend import OPS, native_calls, route
 from fastpeft.ops.nf4 import Weight4bit, quantize_4bit
 from fastpeft.ops.nf4_linear import input_gradient, linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+GEMM_ROWS = (16, 32, 64, 128, 256, 512)
 SHAPE = (1536, 576)
 
 
 def calibrate(
-    device_name: str, threads: int | None, rows: tuple[int, ...] = ROWS, shape: tuple[int, int] = SHAPE, steps: int = 7
+    device_name: str,
+    threads: int | None,
+    rows: tuple[int, ...] = ROWS,
+    shape: tuple[int, int] = SHAPE,
+    steps: int = 7,
+    gemm_rows: tuple[int, ...] = GEMM_ROWS,
 ) -> Path:
     """Measure, show the entries before and after, write the user's table; returns the file.
 
@@ -50,11 +57,18 @@ def calibrate(
             panel_bytes = entries.get(name, {}).get("panel_bytes", decisions.MAX_PANEL_BYTES)
             forward, backward = _measure(device, dtype, panel_bytes, rows, shape, steps)
             entries[name] = {"forward": forward, "backward": backward, "panel_bytes": panel_bytes}
+    lines = []
+    if device.type == "cpu" and native_calls():
+        gemm = table["gemm"]["cpu"]["float32"]
+        with console.status("measuring large fp32 products"):
+            found = {"rows": _from_rows(gemm_rows, shape, steps), "processors": None}
+        lines.append(f"large fp32 products: {_gemm_line(gemm)} → {_gemm_line(found)}")
+        table["gemm"]["cpu"]["float32"] = found
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     table["measured"] = f"{today}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     path = decisions.save(table)
-    _show(before, entries, device.type, path)
+    _show(before, entries, device.type, lines, path)
     return path
 
 
@@ -116,7 +130,40 @@ def _up_to(rows: tuple[int, ...], faster: Callable[[int], bool]) -> int:
     return most
 
 
-def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, path: Path) -> None:
+def _from_rows(rows: tuple[int, ...], shape: tuple[int, int], steps: int) -> int | None:
+    """From how many rows on our three products, forward, backward and onto, together were not slower than PyTorch's."""
+    least, weight, ops = None, torch.randn(*shape), OPS["auto"]
+    for m in reversed(rows):
+        x, dy = torch.randn(m, shape[1]), torch.randn(m, shape[0])
+        dx = torch.zeros_like(x)
+
+        def ours(_: int, x: torch.Tensor = x, dy: torch.Tensor = dy, dx: torch.Tensor = dx) -> torch.Tensor:
+            y = ops.gemm(x, weight.t())
+            ops.gemm_(dx, dy, weight, True)
+            return y[0, :1] + ops.gemm(dy, weight)[0, :1]
+
+        def theirs(_: int, x: torch.Tensor = x, dy: torch.Tensor = dy, dx: torch.Tensor = dx) -> torch.Tensor:
+            y = torch.mm(x, weight.t())
+            dx.addmm_(dy, weight)
+            return y[0, :1] + torch.mm(dy, weight)[0, :1]
+
+        times = interleave(
+            [Contender("ours", ours), Contender("theirs", theirs)], steps=steps, warmup=2, device=torch.device("cpu")
+        )
+        if times["ours"].median > times["theirs"].median:
+            break
+        least = m
+    return least
+
+
+def _gemm_line(entry: dict[str, Any]) -> str:
+    if entry["rows"] is None:
+        return "the vendor's"
+    makers = entry["processors"]
+    return f"ours from {entry['rows']} rows{'' if makers is None else ' if ' + ', '.join(makers) + ' made the processor'}"
+
+
+def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, lines: list[str], path: Path) -> None:
     table = Table(
         box=box.ROUNDED, border_style="faint", title=f"4-bit products on {device_type}: decoded in place up to"
     )
@@ -126,4 +173,6 @@ def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, path:
         old = before.get(name, {})
         table.add_row(name, *(f"{old.get(key, '–')} → {entry[key]}" for key in ("forward", "backward")))
     console.print(table)
+    for line in lines:
+        console.print(escape(line))
     console.print(f"[faint]written to[/faint] {escape(str(path))}; delete it to have the package's own table again")

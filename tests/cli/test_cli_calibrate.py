@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fastpeft.cli.app import app
 from fastpeft.cli.calibrate import calibrate
 from fastpeft.ops import decisions
+from fastpeft.ops.backend import cpu_extension, native_calls
 
 
 @pytest.fixture
@@ -26,11 +27,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_table_is_measured_written_and_used(cache: Path) -> None:
     assert decisions.in_force().startswith("shipped: ")
     before = decisions.load()[0]
-    path = calibrate("cpu", None, rows=(1, 2), shape=(64, 64), steps=1)
+    path = calibrate("cpu", None, rows=(1, 2), shape=(64, 64), steps=1, gemm_rows=(4, 8))
     assert path == cache / "decisions.json"
     table = json.loads(path.read_text())
     assert decisions.in_force() == f"calibrated: {table['measured']}"
-    assert table["gemm"] == before["gemm"] and table["linear_4bit"]["cuda"] == before["linear_4bit"]["cuda"]
+    assert table["linear_4bit"]["cuda"] == before["linear_4bit"]["cuda"]
+    gemm = table["gemm"]["cpu"]["float32"]
+    if native_calls():
+        assert gemm["rows"] in (4, 8, None) and gemm["processors"] is None  # this machine's own, whoever made it
+        assert decisions.gemm_rows() == (gemm["rows"] or float("inf")) or cpu_extension().isa() == "scalar"
+    else:
+        assert gemm == before["gemm"]["cpu"]["float32"]
     for name in ("float32", "bfloat16", "float16"):
         entry = table["linear_4bit"]["cpu"][name]
         assert entry["forward"] in (0, 1, 2) and entry["backward"] in (0, 1, 2)
