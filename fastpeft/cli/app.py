@@ -374,7 +374,9 @@ def bench(
     methods: Annotated[str | None, Option(help="Of the sweep: lora, dora, qlora. [default: --method]")] = None,
     calibrate: Annotated[
         bool,
-        Option("--calibrate", help="Only measure, and write down, which paths 4-bit and large fp32 products take on this machine."),
+        Option(
+            "--calibrate", help="Only measure, and write down, how 4-bit and large fp32 products are best made here."
+        ),
     ] = False,
 ) -> None:
     """Time training steps against PEFT: same weights, same batches, interleaved step by step in one process.

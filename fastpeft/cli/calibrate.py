@@ -159,8 +159,8 @@ def _from_rows(rows: tuple[int, ...], shape: tuple[int, int], steps: int) -> int
 def _gemm_line(entry: dict[str, Any]) -> str:
     if entry["rows"] is None:
         return "the vendor's"
-    makers = entry["processors"]
-    return f"ours from {entry['rows']} rows{'' if makers is None else ' if ' + ', '.join(makers) + ' made the processor'}"
+    of = "" if entry["processors"] is None else f", on processors of {', '.join(entry['processors'])}"
+    return f"ours from {entry['rows']} rows{of}"
 
 
 def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, lines: list[str], path: Path) -> None:

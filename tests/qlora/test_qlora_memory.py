@@ -28,10 +28,10 @@ class LargestStorage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(outputs):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
-                if t.untyped_storage().nbytes() > self.bytes:
-                    self.bytes, self.operator = t.untyped_storage().nbytes(), str(func)
+        made = [t.untyped_storage() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+        for storage in made:
+            if storage._cdata not in given and storage.nbytes() > self.bytes:
+                self.bytes, self.operator = storage.nbytes(), str(func)
         return outputs
 
 
