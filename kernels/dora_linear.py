@@ -31,7 +31,21 @@ from .lora_outer import outer_product
 from .lora_shrink import shrink_into
 from .philox import keep_mask, kept_scale, threshold
 
-__all__ = ["dora_expand_", "dora_expand_backward", "dora_mix_", "dropout", "dropout_add_"]
+__all__ = ["dora_expand_", "dora_expand_backward", "dora_gain", "dora_mix_", "dropout", "dropout_add_"]
+
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@triton.jit
+def _gain_kernel(p_norm, p_m, p_gain, p_n, N, smallest, BN: tl.constexpr):
+    """n = norm in m's precision; gain = m / n - 1, at least -1. NaN stays."""
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    b_n = cast(tl.load(p_norm + o_n, mask=m_n, other=1.0), p_m.dtype.element_ty).to(tl.float32)
+    b_n = tl.where(b_n < smallest, smallest, b_n)
+    b_gain = tl.div_rn(tl.load(p_m + o_n, mask=m_n, other=1.0).to(tl.float32) - b_n, b_n)
+    tl.store(p_gain + o_n, tl.where(b_gain < -1.0, -1.0, b_gain), mask=m_n)
+    tl.store(p_n + o_n, b_n, mask=m_n)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -145,6 +159,19 @@ def _dropout_kernel(
     if ADD:
         b_out += tl.load(p_block, mask=m_mc, other=0.0).to(tl.float32)
     tl.store(p_block, cast(b_out, p_out.dtype.element_ty), mask=m_mc)
+
+
+def dora_gain(norm: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """(2, N) in fp32: magnitude / n - 1 and n, which is norm (N) in the magnitude's precision. One launch."""
+    require_float(norm=norm, magnitude=magnitude)
+    N = norm.shape[0]
+    out = torch.empty((2, N), dtype=torch.float32, device=norm.device)
+    if N:
+        with on_device(norm):
+            _gain_kernel[(triton.cdiv(N, 128),)](
+                norm.contiguous(), magnitude.contiguous(), out[0], out[1], N, _SMALLEST_NORMAL, **config(4, 1, BN=128)
+            )
+    return out
 
 
 def dora_expand_(

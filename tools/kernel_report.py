@@ -162,6 +162,7 @@ def _dora(
         Y, S, B, gain = new(4096, N, dtype=y), new(4096, r, dtype=b or y), new(N, r, dtype=b or y), new(N)
         A, W, v = new(r, 4096, dtype=b or y), new(N, 4096, dtype=y), new(N, dtype=y) if bias else None
         return {
+            "gain": lambda: dora_linear.dora_gain(gain, gain.to(b or y)),
             "expand": lambda: dora_linear.dora_expand_(Y, S, B, gain, v),
             "mix": lambda: dora_linear.dora_mix_(Y, Y, S, B, gain, v),
             "backward": lambda: dora_linear.dora_expand_backward(Y, Y, v, S, B, gain, gain, Y),
@@ -315,6 +316,7 @@ CASES: dict[str, Callable[[], object]] = {
     "wide_backward r64 x3 bf16 W fp32 A dropout": _linear("wide_backward", 64, 3, p=0.05, a=FP32),
     "wide_backward r16 N odd": _linear("wide_backward", 16, p=0.05, N=4095),
     "wide_backward r16 fp32 dropout": _linear("wide_backward", 16, p=0.05, x=FP32),
+    "dora gain": _dora("gain", 16),
     "dora expand r16": _dora("expand", 16),
     "dora expand r16 fp32": _dora("expand", 16, FP32),
     "dora expand r512": _dora("expand", 512),

@@ -39,13 +39,17 @@ inline bool have_kernels(std::initializer_list<const Tensor*> tensors) {
   return true;
 }
 
+// Of a tensor that has_kernel.
+inline DType dtype_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+}
+
 inline Matrix matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as the other operands are");
   STD_TORCH_CHECK(t.stride(1) == 1 || t.size(1) <= 1, name, " must have contiguous rows");
-  const ScalarType type = t.scalar_type();
-  const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), dtype};
+  return {t.data_ptr(), t.size(0), t.size(1), t.stride(0), dtype_of(t)};
 }
 
 // An operand that is only read may have any strides.

@@ -23,9 +23,7 @@ const float* floats(const Tensor& t, int64_t n, const char* name) {
 Matrix row(const std::optional<Tensor>& t, int64_t n, const char* name) {
   if (!t.has_value()) return NOTHING;
   STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n && (t->stride(0) == 1 || n <= 1), name, " must be (", n, ")");
-  const ScalarType type = t->scalar_type();
-  const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-  return {t->data_ptr(), 1, n, n, dtype};
+  return {t->data_ptr(), 1, n, n, dtype_of(*t)};
 }
 
 Matrix optional(const std::optional<Tensor>& t, int64_t rows, int64_t columns, const char* name) {
@@ -41,6 +39,21 @@ void check_rim(const Matrix& y, const Matrix& s, const Matrix& b) {
       b.rows == y.columns && s.rows == y.rows && s.columns == b.columns, "for y (", y.rows, ", ", y.columns,
       ") s must be (", y.rows, ", r) and B (", y.columns, ", r)"
   );
+}
+
+Tensor dora_gain(const Tensor& norm, const Tensor& magnitude) {
+  if (norm.scalar_type() != ScalarType::Float || !has_kernel(magnitude)) {
+    auto stack = boxed(norm, magnitude);
+    call_reference("fastpeft_reference::dora_gain", stack);
+    return taken(stack[0]);
+  }
+  const int64_t n = magnitude.numel();
+  const float* lengths = floats(norm, n, "norm");
+  STD_TORCH_CHECK(magnitude.is_cpu(), "magnitude must be on the CPU, as the norms are");
+  const Tensor whole = torch::stable::contiguous(magnitude), out = torch::stable::new_empty(norm, {2, n});
+  float* to = static_cast<float*>(out.data_ptr());
+  fastpeft::kernels().weight_norm.gain(lengths, {whole.data_ptr(), 1, n, n, dtype_of(whole)}, to, to + n);
+  return out;
 }
 
 void dora_expand_(
@@ -183,6 +196,7 @@ void dora_drop_backward_(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+  m.impl("dora_gain", TORCH_BOX(&dora_gain));
   m.impl("dora_expand_", TORCH_BOX(&dora_expand_));
   m.impl("dora_expand_backward", TORCH_BOX(&dora_expand_backward));
   m.impl("dora_mix_", TORCH_BOX(&dora_mix_));

@@ -6,11 +6,11 @@ namespace {
 using namespace fastpeft::bind;
 using fastpeft::Matrix;
 
-bool all_fp32(std::initializer_list<const Tensor*> tensors) {
+bool all_fp32(std::initializer_list<const Tensor*> tensors, const std::optional<Tensor>& gain) {
   for (const Tensor* t : tensors) {
     if (t->scalar_type() != ScalarType::Float) return false;
   }
-  return true;
+  return !gain.has_value() || gain->scalar_type() == ScalarType::Float;
 }
 
 // A matrix, or the transpose of one, as it lies.
@@ -26,35 +26,41 @@ struct Operand {
   Matrix m;
 };
 
-void compute(const Tensor& y, const Operand& a, const Operand& b, bool add) {
+void compute(const Tensor& y, const Operand& a, const Operand& b, const std::optional<Tensor>& gain, bool add) {
   const Matrix ym = matrix(y, "y");
   STD_TORCH_CHECK(
       a.columns() == b.rows() && ym.rows == a.rows() && ym.columns == b.columns(), "y (", ym.rows, ", ", ym.columns,
       ") cannot be a (", a.rows(), ", ", a.columns(), ") times b (", b.rows(), ", ", b.columns(), ")"
   );
+  STD_TORCH_CHECK(
+      !gain.has_value() ||
+          (gain->is_cpu() && gain->dim() == 1 && gain->size(0) == b.rows() && (gain->stride(0) == 1 || b.rows() <= 1)),
+      "gain must be ", b.rows(), " contiguous floats"
+  );
+  const float* gains = gain.has_value() ? static_cast<const float*>(gain->data_ptr()) : nullptr;
   const int64_t threads = torch::stable::get_num_threads();
-  fastpeft::kernels().gemm.product(a.m, a.turned, b.m, b.turned, ym, add, threads, run_parallel);
+  fastpeft::kernels().gemm.product(a.m, a.turned, b.m, b.turned, gains, ym, add, threads, run_parallel);
 }
 
-Tensor gemm(const Tensor& a_in, const Tensor& b_in) {
-  if (!all_fp32({&a_in, &b_in})) {
-    auto stack = boxed(a_in, b_in);
+Tensor gemm(const Tensor& a_in, const Tensor& b_in, const std::optional<Tensor>& gain) {
+  if (!all_fp32({&a_in, &b_in}, gain)) {
+    auto stack = boxed(a_in, b_in, gain);
     call_reference("fastpeft_reference::gemm", stack);
     return taken(stack[0]);
   }
   const Operand a(a_in, "a"), b(b_in, "b");
   const Tensor y = like(a_in, a.rows(), b.columns());
-  compute(y, a, b, false);
+  compute(y, a, b, gain, false);
   return y;
 }
 
-void gemm_(const Tensor& y, const Tensor& a_in, const Tensor& b_in, bool add) {
-  if (!all_fp32({&y, &a_in, &b_in})) {
-    auto stack = boxed(y, a_in, b_in, add);
+void gemm_(const Tensor& y, const Tensor& a_in, const Tensor& b_in, bool add, const std::optional<Tensor>& gain) {
+  if (!all_fp32({&y, &a_in, &b_in}, gain)) {
+    auto stack = boxed(y, a_in, b_in, add, gain);
     call_reference("fastpeft_reference::gemm_", stack);
     return;
   }
-  compute(y, Operand(a_in, "a"), Operand(b_in, "b"), add);
+  compute(y, Operand(a_in, "a"), Operand(b_in, "b"), gain, add);
 }
 
 }  // namespace

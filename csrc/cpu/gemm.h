@@ -1,4 +1,4 @@
-// Y = or += A B in fp32, for matrices too large for registers (fastpeft/ops/gemm.py says when it is used).
+// Y = or += A diag(gain) B in fp32, for matrices too large for registers (fastpeft/ops/gemm.py says when it is used).
 //
 // The loops are those of Goto and van de Geijn ("Anatomy of high-performance matrix multiplication", 2008) with the
 // operands' parts exchanged: a panel of B, DEEP x NR, stays in the first cache while strips of A, packed for a block of
@@ -213,8 +213,13 @@ static void run(
 
 struct Plain {
   Operand b;
+  const float* gain;  // of each row of b; null: 1
   void pack(int64_t row, int64_t deep, int64_t column, int64_t columns, float* to) const {
     pack_panel(b, row, deep, column, columns, to);
+    for (int64_t i = 0; gain != nullptr && i < deep; ++i) {
+      const Vec g = set(gain[row + i]);
+      for (int64_t j = 0; j < NR; j += W) store(to + i * NR + j, mul(g, load(to + i * NR + j)));
+    }
   }
   void ask(int64_t row, int64_t deep, int64_t column, int64_t columns, int64_t part, int64_t parts) const {
     ask_for_panel(b, row, deep, column, columns, part, parts);
@@ -226,6 +231,7 @@ static void product(
     bool a_turned,
     const Matrix& b,
     bool b_turned,
+    const float* gain,
     const Matrix& y,
     bool add_to,
     int64_t threads,
@@ -234,7 +240,7 @@ static void product(
   const Operand left{static_cast<const float*>(a.data), a.stride, a_turned};
   const Operand right{static_cast<const float*>(b.data), b.stride, b_turned};
   const Target target{static_cast<float*>(y.data), y.stride, add_to};
-  run(left, y.rows, y.columns, a_turned ? a.rows : a.columns, Plain{right}, target, threads, parallel);
+  run(left, y.rows, y.columns, a_turned ? a.rows : a.columns, Plain{right, gain}, target, threads, parallel);
 }
 
 }  // namespace gemm

@@ -34,12 +34,14 @@ using ParallelFor = void (*)(int64_t n, int64_t grain, void (*body)(int64_t, int
 
 // One struct an operator, filled at the end of the header that has its kernels.
 struct GemmKernels {
-  // y = or += a b, all fp32. turned: the rows of the operand are the columns of the matrix.
+  // y = or += a diag(gain) b, all fp32; gain null: of ones. turned: the rows of the operand are the columns of the
+  // matrix.
   void (*product)(
       const Matrix& a,
       bool a_turned,
       const Matrix& b,
       bool b_turned,
+      const float* gain,
       const Matrix& y,
       bool add_to,
       int64_t threads,
@@ -120,6 +122,8 @@ struct WeightNormKernels {
   void (*norm)(
       const Matrix& w, bool transposed, const Matrix& a, const Matrix& b, double scaling, float* out, ParallelFor parallel
   );
+  // See dora_gain in fastpeft/ops/dora_products.py; magnitude is (1, N).
+  void (*gain)(const float* norm, const Matrix& magnitude, float* gain_out, float* norm_out);
 };
 
 // bias.data may be null. gain holds N floats.

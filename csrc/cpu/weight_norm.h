@@ -1,6 +1,7 @@
 // The norms of the rows of W + c B A in one pass over W (fastpeft/ops/weight_norm.py has the formula).
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "tile.h"
@@ -143,7 +144,30 @@ static void weight_norm(
   });
 }
 
-constexpr WeightNormKernels weight_norm_kernels = {weight_norm};
+template <typename T>
+static void gains(const float* norm, const T* magnitude, int64_t n, float* gain_out, float* norm_out) {
+  for (int64_t i = 0; i < n; ++i) {
+    T rounded;
+    from_float(norm[i], &rounded);
+    const float seen = to_float(rounded), length = seen < FLT_MIN ? FLT_MIN : seen;  // NaN stays
+    const float more = (to_float(magnitude[i]) - length) / length;
+    norm_out[i] = length;
+    gain_out[i] = more < -1.0f ? -1.0f : more;
+  }
+}
+
+static void gain(const float* norm, const Matrix& m, float* gain_out, float* norm_out) {
+  switch (m.dtype) {
+    case DType::f32:
+      return gains(norm, static_cast<const float*>(m.data), m.columns, gain_out, norm_out);
+    case DType::bf16:
+      return gains(norm, static_cast<const bf16*>(m.data), m.columns, gain_out, norm_out);
+    case DType::f16:
+      return gains(norm, static_cast<const f16*>(m.data), m.columns, gain_out, norm_out);
+  }
+}
+
+constexpr WeightNormKernels weight_norm_kernels = {weight_norm, gain};
 
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

@@ -2,6 +2,7 @@
 
 One projection with base product x W^T, S = c dropout(x) A^T of rank r, and a gain for each output.
 
+    dora_gain               n = norm in the magnitude's precision, (2, N): magnitude / n - 1 and n
     dora_expand_            v = y + S B^T,  y = v + gain (v - bias)                          gain = g - 1
     dora_mix_               t = u + S B^T,  y = y + bias + S B^T + gain t                    gain = g - 1, t replaces u
     dora_expand_backward    dS = (gain dy) B,  dB = gain (dy^T S),  dt = out_gain dy,        gain = g
@@ -30,6 +31,15 @@ from torch import Tensor
 from . import philox
 from .backend import define
 from .products import _accumulator
+
+SMALLEST_GAIN = 2.0**-100 - 1
+
+
+def gain_reference(norm: Tensor, magnitude: Tensor) -> Tensor:
+    """(2, N) like norm (N), which is fp32 or float64. n is as exact as the magnitude is, so that the magnitude at its
+    start gives a gain of 1 to the bit. A row of zeros divides by no 0."""
+    n = norm.to(magnitude.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.stack(((magnitude.flatten().to(n.dtype) - n).div_(n).clamp_min_(SMALLEST_GAIN), n))
 
 
 def expand_reference(y: Tensor, s: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> None:
@@ -113,6 +123,10 @@ def drop_backward_reference(
     dx.copy_(dx.to(acc) - dropped * ~_mask(dx, p, seed, member))
 
 
+def _gain_fake(norm: Tensor, magnitude: Tensor) -> Tensor:
+    return norm.new_empty(2, norm.shape[0])
+
+
 def _in_place_fake(*operands: object) -> None:
     return None
 
@@ -149,6 +163,13 @@ def _drop_fake(
     return y.new_empty(y.shape)
 
 
+define(
+    "dora_gain",
+    "(Tensor norm, Tensor magnitude) -> Tensor",
+    reference=gain_reference,
+    fake=_gain_fake,
+    kernels="dora_linear",
+)
 define(
     "dora_expand_",
     "(Tensor(a!) y, Tensor s, Tensor B, Tensor gain, Tensor? bias) -> ()",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dora_products as dora_products  # declares the operators
-from . import native, philox
+from . import gemm, native, philox
 from .backend import OPS, cpu_extension
 from .lora_linear import check, rows_of, shaped
 from .nf4 import Weight4bit
@@ -23,7 +23,6 @@ from .weight_norm import weight_norm
 
 # The largest p at which the second base product is made of the first on the CPU.
 GATHER_P = 0.2
-_SMALLEST = 2.0**-100
 
 
 class Plan(NamedTuple):
@@ -116,18 +115,6 @@ def check_all(
             raise ValueError(f"{where}: magnitude must have {w.shape[0]} elements, got {tuple(m.shape)}")
 
 
-def gain_of(
-    weight: Tensor | Weight4bit, A: Tensor, B: Tensor, magnitude: Tensor, scaling: float, norm: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """g - 1 and n, (N,) in fp32 (float64 if an operand is).
-
-    n is as exact as m is, so that m at its start gives g = 1 to the bit. A row of zeros divides by no 0.
-    """
-    norm = weight_norm(weight, A, B, scaling) if norm is None else norm
-    norm = norm.to(magnitude.dtype).to(norm.dtype).clamp_min(torch.finfo(norm.dtype).tiny)
-    return (magnitude.detach().flatten().to(norm.dtype) - norm).div_(norm).clamp_min(_SMALLEST - 1), norm
-
-
 def project(
     plan: Plan,
     flat: Tensor,
@@ -147,7 +134,9 @@ def project(
     ops, r = OPS[plan.backend], s_all.shape[1] // plan.members
     outputs, kept, gains = [], [], []
     for g, (w, b, A, B, m) in enumerate(zip(plan.weights(weights), biases, lora_A, lora_B, magnitudes)):
-        gain, norm = gain_of(w, A, B, m, plan.scaling[g], plan.norms[g])
+        norm = plan.norms[g]
+        gains.append(ops.dora_gain(weight_norm(w, A, B, plan.scaling[g]) if norm is None else norm, m))
+        gain = gains[g][0]
         if plan.cast is not None:
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s = s_all[:, g * r : g * r + B.shape[1]]
@@ -163,7 +152,6 @@ def project(
             ops.dora_mix_(y, t, s, B, gain, b)
         outputs.append(shaped(y, lead))
         kept.append(t)
-        gains.append(torch.stack((gain, norm)))
     return tuple(outputs), kept, gains
 
 
@@ -197,7 +185,7 @@ def collect(
         if grad is None:
             parts.append(lora_A[i].new_zeros(rows, r))
             continue
-        dy, (gain, norm) = rows_of(grad), gains[i]
+        dy, gain, norm = rows_of(grad), gains[i][0], gains[i][1]
         if plan.cast is not None:
             w, b = w.to(plan.cast), None if b is None else b.to(plan.cast)
         s_i = dy.new_zeros(dy.shape[0], B.shape[1], dtype=B.dtype) if s is None else s[:, i * r : i * r + B.shape[1]]
@@ -205,14 +193,18 @@ def collect(
         if anew and made is not None:
             t = base_product(plan.backend, made(), w)
             ops.lora_expand_(t, s_i, B, [t.shape[1]])
-        dt, out = _scaled_dy(plan, dy, seed, gain) if need_dx else (None, None)
+        factor = g if seed is None else 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
+        # A product of ours multiplies by it while it reads W; for the vendor's the multiple of dy is written.
+        spread = need_dx and not (isinstance(w, Tensor) and gemm.ours(plan.backend, dy, w))
+        dt = torch.empty_like(dy, memory_format=torch.contiguous_format) if spread else None
         given_bias = b if seed is None and not anew else None
         t = None if t is None else rows_of(t)
-        ds, dB[i], sums = ops.dora_expand_backward(dy, t, given_bias, s_i, B, g, out, dt)
+        ds, dB[i], sums = ops.dora_expand_backward(dy, t, given_bias, s_i, B, g, factor if spread else None, dt)
         if t is not None:
             dm[i] = sums / (norm if seed is not None or anew else g * norm)
-        if dt is not None:
-            dx = _add_input_gradient(plan, dx, dy, dt, w, gain, seed, i)
+        if need_dx:
+            scaled = (dy, factor) if dt is None else (dt, None)
+            dx = _add_input_gradient(plan, dx, dy, scaled, w, gain, seed, i)
         parts.append(F.pad(ds, (0, r - ds.shape[1])) if ds.shape[1] < r else ds)
     return dx, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), dB, dm
 
@@ -225,38 +217,31 @@ def split_rows(d_rows: Tensor, lora_A: Sequence[Tensor], grads: Sequence[Tensor 
 
 def _hides(seed: Tensor | None, gain: Tensor) -> bool:
     """On the CPU, where asking costs nothing: an output of magnitude 0 does not tell t."""
-    return seed is None and gain.device.type == "cpu" and not torch.compiler.is_compiling() and _any_zero(gain)
-
-
-def _any_zero(gain: Tensor) -> bool:
-    return gain.numel() > 0 and gain.min().item() <= _SMALLEST - 1
-
-
-def _scaled_dy(plan: Plan, dy: Tensor, seed: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the multiple of dy goes that is multiplied with W, and the factors."""
-    dt = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    if seed is None:
-        return dt, 1 + gain
-    return dt, 1 + gain * philox.keep_scale(plan.p) if plan.gathers(dy) else gain
+    if seed is not None or gain.device.type != "cpu" or torch.compiler.is_compiling() or not gain.numel():
+        return False
+    return gain.min().item() <= dora_products.SMALLEST_GAIN
 
 
 def _add_input_gradient(
     plan: Plan,
     dx: Tensor | None,
     dy: Tensor,
-    dt: Tensor,
+    scaled: tuple[Tensor, Tensor | None],
     w: Tensor | Weight4bit,
     gain: Tensor,
     seed: Tensor | None,
     member: int,
 ) -> Tensor:
-    """One projection's part of dx, its rim's aside, added to dx where there is one."""
-    ops = OPS[plan.backend]
+    """One projection's part of dx, its rim's aside, added to dx where there is one.
+
+    scaled: the multiple of dy that meets W, by column; or dy and the factors.
+    """
+    ops, (dt, factor) = OPS[plan.backend], scaled
     if seed is not None and not plan.gathers(dy):
         dx = base_gradient(plan.backend, dy, w, dx)
-        ops.dropout_add_(dx, base_gradient(plan.backend, dt, w), plan.p, seed, member)
+        ops.dropout_add_(dx, base_gradient(plan.backend, dt, w, None, factor), plan.p, seed, member)
         return dx
-    dx = base_gradient(plan.backend, dt, w, dx)
+    dx = base_gradient(plan.backend, dt, w, dx, factor)
     if seed is not None:
         ops.dora_drop_backward_(dx, dy, w, gain * philox.keep_scale(plan.p), plan.p, seed, member)
     return dx

@@ -2,6 +2,7 @@
 
     mm(a, b) = a b        addmm_(y, a, b): y += a b        linear(x, W, bias) = x Wᵀ + bias
 
+and, with a gain for each term of the sums (DoRA's, in the backward), a diag(gain) b.
 Sums are runs of at most 256 terms in fp32. docs/gemm.md has the measurements and when each is taken: by the table of
 decisions, for operands of at least so many rows, and for no smaller matrix than 64 x 64. The vendor's product stays for
 every other dtype and device, on a forced backend, where `torch.set_float32_matmul_precision` allows less than fp32, and
@@ -36,21 +37,22 @@ def ours(backend: str, a: Tensor, b: Tensor) -> bool:
     )
 
 
-def mm(backend: str, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a (M, K) times b (K, N), into `out` (M, N) where that is given."""
+def mm(backend: str, a: Tensor, b: Tensor, out: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    """a (M, K) diag(gain) b (K, N), into `out` (M, N) where that is given. gain (K) or, of ones, None."""
     if not ours(backend, a, b):
+        a = a if gain is None else a * gain
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if out is None:
-        return OPS["auto"].gemm(a, b)
-    OPS["auto"].gemm_(out, a, b, False)
+        return OPS["auto"].gemm(a, b, gain)
+    OPS["auto"].gemm_(out, a, b, False, gain)
     return out
 
 
-def addmm_(backend: str, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y (M, N) += a (M, K) b (K, N), in place. Returns y."""
+def addmm_(backend: str, y: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor:
+    """y (M, N) += a (M, K) diag(gain) b (K, N), in place. Returns y."""
     if not ours(backend, a, b) or y.dtype is not torch.float32:
-        return y.addmm_(a, b)
-    OPS["auto"].gemm_(y, a, b, True)
+        return y.addmm_(a if gain is None else a * gain, b)
+    OPS["auto"].gemm_(y, a, b, True, gain)
     return y
 
 
@@ -66,26 +68,32 @@ def linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Te
     return mm(backend, x, wide, out).add_(bias)
 
 
-def reference(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (K, N)."""
-    return torch.mm(a, b)
+def reference(a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor:
+    """a (M, K) diag(gain) b (K, N)."""
+    return torch.mm(a if gain is None else a * gain, b)
 
 
-def reference_(y: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """y (M, N) = or += a b, in place."""
+def reference_(y: Tensor, a: Tensor, b: Tensor, add: bool, gain: Tensor | None = None) -> None:
+    """y (M, N) = or += a diag(gain) b, in place."""
+    a = a if gain is None else a * gain
     if add:
         y.addmm_(a, b)
     else:
         y.copy_(torch.mm(a, b))
 
 
-def _fake_(y: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+def _fake_(y: Tensor, a: Tensor, b: Tensor, add: bool, gain: Tensor | None = None) -> None:
     return None
 
 
-def _fake(a: Tensor, b: Tensor) -> Tensor:
+def _fake(a: Tensor, b: Tensor, gain: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-define("gemm", "(Tensor a, Tensor b) -> Tensor", reference=reference, fake=_fake)
-define("gemm_", "(Tensor(a!) y, Tensor a, Tensor b, bool add) -> ()", reference=reference_, fake=_fake_)
+define("gemm", "(Tensor a, Tensor b, Tensor? gain=None) -> Tensor", reference=reference, fake=_fake)
+define(
+    "gemm_",
+    "(Tensor(a!) y, Tensor a, Tensor b, bool add, Tensor? gain=None) -> ()",
+    reference=reference_,
+    fake=_fake_,
+)

@@ -155,11 +155,13 @@ def base_product(
     return y
 
 
-def base_gradient(backend: str, dy: Tensor, w: Tensor | Weight4bit, into: Tensor | None = None) -> Tensor:
-    """dy (M, N) W; added to `into`, in place, where there is one."""
+def base_gradient(
+    backend: str, dy: Tensor, w: Tensor | Weight4bit, into: Tensor | None = None, gain: Tensor | None = None
+) -> Tensor:
+    """dy (M, N) diag(gain) W; added to `into`, in place, where there is one. gain (N): where the product is ours."""
     if isinstance(w, Weight4bit):
         return input_gradient(backend, dy, w, into)
-    return gemm.mm(backend, dy, w) if into is None else gemm.addmm_(backend, into, dy, w)
+    return gemm.mm(backend, dy, w, gain=gain) if into is None else gemm.addmm_(backend, into, dy, w, gain)
 
 
 def collect(

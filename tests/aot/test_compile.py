@@ -27,6 +27,7 @@ CASES = {
     "wide r16 x3": {"wide"},
     "wide_backward r16 x3 dropout": {"wide_backward"},
     "embedding r16": {"gather", "embedding", "scatter"},
+    "dora gain": {"gain"},
     "dora mix r16": {"mix"},
     "dora backward r16": {"backward"},
     "dora dropout": {"dropout"},

@@ -64,6 +64,17 @@ def exactly(o):
     return {k: None if t is None else t.double() for k, t in o.items()}
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_gain(dtype, device, N=70):
+    """The reference's bits: a magnitude at its start is a gain of exactly 1, nothing divides by 0, NaN stays NaN."""
+    norm = torch.rand(N, device=device) + 0.5
+    magnitude = norm.to(dtype).clone()
+    norm[1:4], magnitude[2:9] = torch.tensor([0.0, float("nan"), 1e-3]), torch.randn(7, device=device).to(dtype)
+    got, want = kernels.dora_gain(norm, magnitude.view(N, 1)), reference.gain_reference(norm, magnitude)
+    assert torch.equal(got[0, 9:], torch.zeros(N - 9, device=device))
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=IDS)
 @pytest.mark.parametrize("M, N, r, bias", [(40, 136, 16, True), (1, 33, 3, False), (20, 65, 72, True)])
 def test_forward(dtypes, M, N, r, bias, device, pad=8):

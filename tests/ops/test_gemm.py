@@ -42,6 +42,9 @@ def assert_right(a, b, y):
     no_worse(into, torch.addmm(y, a, b), y.double() + exact, y.double().abs() + sizes)
     OPS["auto"].gemm_(into, a, b, False)
     assert torch.equal(into, product)
+    gain = torch.randn(a.shape[1])
+    exact, sizes = (a.double() * gain.double()) @ b.double(), (a * gain).double().abs() @ b.double().abs()
+    no_worse(OPS["auto"].gemm(a, b, gain), (a * gain) @ b, exact, sizes)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 320, 32), (13, 321, 33), (100, 700, 70), (800, 40, 20)])
@@ -101,6 +104,8 @@ def test_shapes_that_do_not_fit():
     for y, b in [(torch.empty(4, 6), torch.randn(4, 6)), (torch.empty(4, 5), torch.randn(5, 6))]:
         with pytest.raises(RuntimeError):
             OPS["auto"].gemm_(y, torch.randn(4, 5), b, False)
+    with pytest.raises(RuntimeError, match="gain"):
+        OPS["auto"].gemm(torch.randn(4, 5), torch.randn(5, 6), torch.randn(6))
 
 
 @needs_extension

@@ -17,6 +17,7 @@ from test_cross_entropy_triton import test_equals_the_reference as cross_entropy
 from test_dora_linear_triton import test_backward as dora_backward_equals_eager
 from test_dora_linear_triton import test_dropout as dora_dropout_equals_eager
 from test_dora_linear_triton import test_forward as dora_equals_eager
+from test_dora_linear_triton import test_gain as dora_gain_equals_eager
 from test_dora_linear_triton import test_weight_norm as weight_norm_is_exact
 from test_glu_triton import check as check_glu
 from test_lora_embedding_triton import test_equals_the_reference as embedding_equals_the_reference
@@ -58,6 +59,7 @@ def norms_of_long_rows() -> None:
 def dora(M: int, N: int, rank: int, pad: int, dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16)) -> None:
     dora_equals_eager(dtypes, M, N, rank, True, CPU, pad)
     dora_backward_equals_eager(dtypes, M, N, rank, True, CPU, pad)
+    dora_gain_equals_eager(dtypes[1], CPU, N)
     dora_dropout_equals_eager(dtypes[0], 0.05, CPU, (M, N), pad)
 
 
