@@ -1,8 +1,11 @@
-"""Products of fp32 matrices on the CPU, ours beside the vendor's, in GFLOP/s; medians of interleaved calls.
+"""Products of matrices on the CPU, ours beside the vendor's; medians of interleaved calls.
 
     python bench/bench_gemm.py [--threads 2] [--rounds 21] [--rows 16 32 64 512]
+    python bench/bench_gemm.py --few [--dtype bfloat16] [--rows 1 2 4 8 16 31]
 
-Forward: x (M, K) W (N, K)ᵀ. Backward: dy (M, N) W. Onto: dx += dy W. Weights and inputs are in the caches.
+The first, fp32, in GFLOP/s. Forward: x (M, K) W (N, K)ᵀ. Backward: dy (M, N) W. Onto: dx += dy W. Weights and inputs
+are in the caches. The second, few rows, in microseconds: x Wᵀ by the vendor and by `linear_rows`, and the sum of the
+weight's bytes as int64, the time of a plain read. Weights of more than 16 MiB come from memory.
 """
 
 from __future__ import annotations
@@ -32,16 +35,39 @@ def times(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(one) for one in found]
 
 
+def few(rows: list[int], dtype: torch.dtype, rounds: int) -> None:
+    """The table of few rows."""
+    own = OPS["auto"].linear_rows
+    print("| M | K | N | plain read | vendor | ours |\n|---|---|---|---|---|---|")
+    for m in rows:
+        for k, n in (*WEIGHTS, (576, 49152)):
+            x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+            found = times(
+                [
+                    lambda w=w: w.view(torch.int64).sum(),
+                    lambda x=x, w=w: torch.nn.functional.linear(x, w),
+                    lambda x=x, w=w: own(x, w, None),
+                ],
+                rounds,
+            )
+            print(f"| {m} | {k} | {n} | " + " | ".join(f"{1e6 * t:.0f}" for t in found) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 32, 64, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=None)
+    parser.add_argument("--few", action="store_true", help="few rows: linear_rows")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="with --few")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.few:
+        few(options.rows or [1, 2, 4, 8, 16, 31], getattr(torch, options.dtype), options.rounds)
+        return
     ours, ours_onto = OPS["auto"].gemm, OPS["auto"].gemm_
     print("| M | K | N | forward | ours | backward | ours | onto | ours |\n|---|---|---|---|---|---|---|---|---|")
-    for m in options.rows:
+    for m in options.rows or [16, 32, 64, 512]:
         for k, n in WEIGHTS:
             x, w, dy, dx = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n), torch.zeros(m, k)
 

@@ -57,6 +57,14 @@ inline Tensor readable(const Tensor& t) {
   return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) ? t : torch::stable::contiguous(t);
 }
 
+// A contiguous vector of n elements as a matrix of one row.
+inline Matrix bias_row(const Tensor& t, int64_t n) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == n, "bias must be (", n, ") on the CPU");
+  const ScalarType type = t.scalar_type();
+  const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+  return {t.data_ptr(), 1, n, n, dtype};
+}
+
 // An empty CPU tensor of t's dtype. Not by way of the dispatcher, as new_empty: that takes a microsecond more.
 inline Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, const Tensor& t) {
   int32_t dtype;

@@ -52,11 +52,12 @@ Tensor lora_linear_small(
     const std::optional<Tensor>& bias_in,
     const Tensor& a_in,
     const Tensor& b_in,
-    double scaling
+    double scaling,
+    int64_t few
 ) {
   if (!same_kernel_dtype({&x_in, &weight, &a_in, &b_in}) ||
       (bias_in.has_value() && bias_in->scalar_type() != x_in.scalar_type())) {
-    auto stack = boxed(x_in, weight, bias_in, a_in, b_in, scaling);
+    auto stack = boxed(x_in, weight, bias_in, a_in, b_in, scaling, few);
     call_reference("fastpeft_reference::lora_linear_small", stack);
     return taken(stack[0]);
   }
@@ -68,7 +69,22 @@ Tensor lora_linear_small(
       "A must be (r, K) and B (N, r) for a weight (N, K) and an input (..., K)"
   );
   const int64_t n = bm.rows;
-  if (xm.rows * n * xm.columns > OWN || xm.columns == 0 || !rows_contiguous(weight)) {
+  Matrix bias_matrix = none;
+  Tensor bias;
+  if (bias_in.has_value()) {
+    bias = packed(*bias_in);
+    STD_TORCH_CHECK(bias.numel() == n, "bias has ", bias.numel(), " elements, expected ", n);
+    bias_matrix = flat(bias, "bias");
+  }
+  const bool small = xm.rows * n * xm.columns <= OWN && xm.columns > 0;
+  if (!small && xm.rows <= few && xm.columns > 0 && rows_contiguous(weight)) {
+    const Tensor y = with_columns(x, n);
+    const Matrix ym = flat(y, "y");
+    fastpeft::kernels().linear_rows.forward(xm, matrix(weight, "weight"), bias_matrix, ym, run_parallel);
+    fastpeft::kernels().lora_linear_small.forward(xm, none, none, am, bm, float(scaling), ym);
+    return y;
+  }
+  if (!small || !rows_contiguous(weight)) {
     auto stack = boxed(x, weight, bias_in);
     STD_TORCH_CHECK(
         torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
@@ -78,16 +94,9 @@ Tensor lora_linear_small(
     fastpeft::kernels().lora_linear_small.forward(xm, none, none, am, bm, float(scaling), flat(y, "y"));
     return y;
   }
-  Matrix bias_row = none;
-  Tensor bias;
-  if (bias_in.has_value()) {
-    bias = packed(*bias_in);
-    STD_TORCH_CHECK(bias.numel() == n, "bias has ", bias.numel(), " elements, expected ", n);
-    bias_row = flat(bias, "bias");
-  }
   const Tensor y = with_columns(x, n);
   fastpeft::kernels().lora_linear_small.forward(
-      xm, matrix(weight, "weight"), bias_row, am, bm, float(scaling), flat(y, "y")
+      xm, matrix(weight, "weight"), bias_matrix, am, bm, float(scaling), flat(y, "y")
   );
   return y;
 }

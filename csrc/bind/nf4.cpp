@@ -151,13 +151,10 @@ Tensor linear_4bit(
       "s must be (", xm.rows, ", r) and B (", rows, ", r)"
   );
   Matrix bias = nothing;
-  Tensor bias_row = x;
+  Tensor added = x;
   if (bias_in.has_value() && rows > 0) {
-    bias_row = torch::stable::contiguous(*bias_in);
-    STD_TORCH_CHECK(bias_row.dim() == 1 && bias_row.size(0) == rows, "bias must be (", rows, ")");
-    const ScalarType type = bias_row.scalar_type();
-    const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-    bias = {bias_row.data_ptr(), 1, rows, rows, dtype};
+    added = torch::stable::contiguous(*bias_in);
+    bias = bias_row(added, rows);
   }
   const Tensor y = like(x, xm.rows, rows);
   fastpeft::kernels().nf4.forward(xm, w, bias, sm, bm, matrix(y, "y"), run_parallel);

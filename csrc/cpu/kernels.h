@@ -49,6 +49,11 @@ struct GemmKernels {
   );
 };
 
+struct LinearRowsKernels {
+  // y = x w^T + bias. bias (one row) may be without data.
+  void (*forward)(const Matrix& x, const Matrix& w, const Matrix& bias, const Matrix& y, ParallelFor parallel);
+};
+
 struct LoraLinearKernels {
   void (*shrink)(const Matrix& x, const Matrix& a, const Group& group, const Matrix& s, ParallelFor parallel);
   void (*expand)(
@@ -350,6 +355,7 @@ struct Nf4Kernels {
 struct Kernels {
   const char* name;
   GemmKernels gemm;
+  LinearRowsKernels linear_rows;
   LoraLinearKernels lora_linear;
   LoraLinearSmallKernels lora_linear_small;
   LoraEmbeddingKernels lora_embedding;

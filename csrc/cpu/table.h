@@ -6,6 +6,7 @@
 #include "gemm.h"
 #include "glu.h"
 #include "layer_norm.h"
+#include "linear_rows.h"
 #include "lora_embedding.h"
 #include "lora_linear_small.h"
 #include "nf4.h"
@@ -22,6 +23,7 @@ namespace fastpeft {
 const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_TEXT(FASTPEFT_ISA),
     FASTPEFT_ISA::gemm_kernels,
+    FASTPEFT_ISA::linear_rows_kernels,
     FASTPEFT_ISA::lora_linear_kernels,
     FASTPEFT_ISA::lora_linear_small_kernels,
     FASTPEFT_ISA::lora_embedding_kernels,

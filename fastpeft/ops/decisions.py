@@ -6,6 +6,8 @@ which then takes its place.
 
     gemm.cpu.float32                    rows: from so many rows of its left operand on a product is ours, null: never
                                         processors: of which makers; null: of all
+    linear_rows.cpu.<dtype>             rows: up to so many rows of the input a linear layer's product is `linear_rows`
+                                        processors: of which makers; null: of all
     linear_4bit.<device type>.<dtype>   forward, backward: up to so many rows of the input the 4-bit weight is decoded
                                         where it is used; above, by panels for the vendor's product
                                         panel_bytes: of the scratch that a panel is decoded into, at most 4 MiB
@@ -88,10 +90,21 @@ def gemm_rows() -> float:
     return rows if makers is None or extension.maker() in makers else math.inf
 
 
+@functools.cache
+def linear_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows of its input a linear layer's product on the CPU is `linear_rows`; 0: never."""
+    entry, extension = load()[0]["linear_rows"]["cpu"].get(str(dtype).removeprefix("torch.")), cpu_extension()
+    if entry is None or extension is None or extension.isa() == "scalar":
+        return 0
+    rows, makers = entry["rows"], entry["processors"]
+    return int(rows) if makers is None or extension.maker() in makers else 0
+
+
 def forget() -> None:
     """Read the table anew at the next question."""
     load.cache_clear()
     gemm_rows.cache_clear()
+    linear_rows.cache_clear()
     _rows.clear()
 
 
@@ -137,6 +150,10 @@ def _check_table(table: dict[str, Any]) -> None:
     rows, makers = entry["rows"], entry["processors"]
     if not (rows is None or isinstance(rows, int)) or not (makers is None or isinstance(makers, list)):
         raise ValueError(f"{entry} is not a number of rows or null, and a list of makers or null")
+    for entry in table["linear_rows"]["cpu"].values():
+        rows, makers = entry["rows"], entry["processors"]
+        if not isinstance(rows, int) or not (makers is None or isinstance(makers, list)):
+            raise ValueError(f"{entry} is not a number of rows, and a list of makers or null")
 
 
 def _checked(entry: dict[str, Any]) -> Rows:

@@ -2,8 +2,10 @@
 
     mm(a, b) = a b        addmm_(y, a, b): y += a b        linear(x, W, bias) = x Wᵀ + bias
 
-and, with a gain for each term of the sums (DoRA's, in the backward), a diag(gain) b.
-Sums are runs of at most 256 terms in fp32. docs/gemm.md has the measurements and when each is taken: by the table of
+and, with a gain for each term of the sums (DoRA's, in the backward), a diag(gain) b. A linear layer's product for few
+rows, of any dtype, is another operator (`linear_rows`).
+
+Sums are runs of at most 320 terms in fp32. docs/gemm.md has the measurements and when each is taken: by the table of
 decisions, for operands of at least so many rows, and for no smaller matrix than 64 x 64. The vendor's product stays for
 every other dtype and device, on a forced backend, where `torch.set_float32_matmul_precision` allows less than fp32, and
 under torch.compile, which may fuse something with it.
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from . import decisions
 from .backend import OPS, cpu_extension, define
+from .linear_rows import few
 
 _LEAST = 64  # columns and terms: two panels, and packing that is worth it
 
@@ -58,6 +61,8 @@ def addmm_(backend: str, y: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = 
 
 def linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x (M, K) times weight (N, K) transposed, plus bias (N)."""
+    if out is None and few(backend, x, weight):
+        return OPS["auto"].linear_rows(x, weight, bias)
     wide = weight.t()
     if not ours(backend, x, wide):
         if out is None:

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 
 from . import backend, native
 from .backend import OPS, define
+from .linear_rows import few_rows
 
 _PLAIN = (Tensor, Parameter)
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -31,8 +32,10 @@ _tracing = torch._C._get_tracing_state
 _transformed = torch._C._are_functorch_transforms_active
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """y (..., N) of x (..., K)."""
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, few: int = 0
+) -> Tensor:
+    """y (..., N) of x (..., K). few: up to so many rows the kernel makes a large base product by `linear_rows`."""
     return torch.add(F.linear(x, weight, bias), F.linear(F.linear(x, A), B), alpha=scaling)
 
 
@@ -47,7 +50,7 @@ def backward_reference(
     return dx, ds.T @ flat, scaling * (rows.T @ (flat @ A.T))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, few: int = 0) -> Tensor:
     if not x.device == weight.device == A.device == B.device:  # one of them is on the meta device
         raise RuntimeError(
             f"lora_linear: x is on {x.device}, weight on {weight.device}, lora_A on {A.device}, lora_B on {B.device}"
@@ -63,7 +66,7 @@ def _backward_fake(
 
 define(
     "lora_linear_small",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling, int few=0) -> Tensor",
     reference=reference,
     fake=_fake,
 )
@@ -87,7 +90,7 @@ class _LoraLinearSmall(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.scaling = scaling
-        return _FORWARD(x, weight, bias, A, B, scaling)
+        return _FORWARD(x, weight, bias, A, B, scaling, few_rows(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -128,7 +131,7 @@ def lora_linear_small(
     ):
         return None
     if not torch.is_grad_enabled():
-        return _FORWARD(x, weight, bias, lora_A, lora_B, scaling)
+        return _FORWARD(x, weight, bias, lora_A, lora_B, scaling, few_rows(x.dtype))
     if weight.requires_grad or not lora_A.requires_grad or (bias is not None and bias.requires_grad):
         return None
     return _apply(x, weight, bias, lora_A, lora_B, scaling)

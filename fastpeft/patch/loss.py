@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..ops.backend import autocast_enabled
+from ..ops.linear_rows import linear_few
 from .forwards import Forward, eager, fits
 from .inputs import NoInput, example_call
 from .logits import Logits
@@ -60,7 +61,26 @@ class HeadForward(Forward):
             logits = self.deferred(args[0])
             if logits is not None:
                 return logits
+        if len(args) == 1 and not kwargs and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self.few(args[0])
+            if y is not None:
+                return y
         return self.original(*args, **kwargs)
+
+    def few(self, hidden: Any) -> Tensor | None:
+        """The logits of few tokens, as decoding wants them, by the product for those; None where that is not taken."""
+        module, parameters = self.module, self.module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if (
+            self.previous is not None
+            or not self.active
+            or type(module).forward is not nn.Linear.forward
+            or type(hidden) not in _TENSORS
+            or type(weight) not in _TENSORS
+            or (bias is not None and type(bias) not in _TENSORS)
+        ):
+            return None
+        return linear_few(hidden, weight, bias)  # type: ignore[arg-type]
 
     def deferred(self, hidden: Any) -> Logits | None:
         """The logits, not computed; None where the head's own forward must run."""
