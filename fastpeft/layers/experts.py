@@ -13,6 +13,7 @@ from fastpeft.configs import LoraConfig
 from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.swap import swapped
+from fastpeft.layers.weight_sum import WeightSum
 
 
 class ParamWrapper(LoraLayer, nn.Module):
@@ -21,7 +22,8 @@ class ParamWrapper(LoraLayer, nn.Module):
     W of two dimensions is (N, K). Of three, it is a stack over experts, (E, N, K), or (E, K, N) if the module says
     `is_transposed`. A is (r·E, K) with expert e in rows e·r … e·r + r, and B is (N, r·E) with expert e in columns e,
     e + E, …: PEFT's layout. Several parameters of one module are adapted by wrappers around wrappers.
-    Read directly, outside the module's forward, the parameter is the base's.
+    Read directly, outside the module's forward, the parameter is the base's. The module's products with it are made of
+    x W and (x A) B where they can be: see `weight_sum`.
     """
 
     _peft_name: ClassVar[str] = "peft.tuners.lora.layer.ParamWrapper"
@@ -145,8 +147,13 @@ class ParamWrapper(LoraLayer, nn.Module):
             return self.base_layer(*args, **kwargs)
 
     def _adapted(self, names: list[str]) -> Tensor:
-        """The parameter with the adapters in it."""
+        """The parameter with the adapters in it; with one, a sum that is made only if something else than products is
+        asked of it."""
         parameter = self.get_param()
+        if len(names) == 1 and not _is_narrow(parameter):
+            lent = WeightSum.lent_by(self, names[0])
+            if lent is not None:
+                return lent
         if len(names) == 1 and self.num_experts > 1 and not _is_narrow(parameter):
             # One product that ends in the sum: no delta as large as the experts. Not under autocast, which would change
             # the parameter's dtype.

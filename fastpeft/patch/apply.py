@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import experts, scales
 from . import loss as losses
 from . import rope as rotations
-from . import scales
 from .forwards import Forward, LoraForward, ParentForward, PlainForward
 from .group import Group
 from .inputs import NoInput, example_call
@@ -142,6 +142,8 @@ def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn
             # Below the forwards that open a group's extent, which call what they find.
             turned = rotations.apply(root, example_inputs, options.verify) if options.blocks == "auto" else []
             result = _patch(root, example_inputs, options)
+            lent = experts.apply(root, example_inputs, options.verify)
+            result.rows = [part for row in result.rows for part in lent.get(row.module, [row])]
             result.rows += turned
             if options.loss == "auto":
                 result.rows += losses.apply(root, example_inputs, options.verify)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..ops import linear_cross_entropy, lora_linear
 from ..ops.backend import autocast_enabled
+from ..ops.deferred import Deferred
 from ..ops.philox import draw_seed
-from .deferred import Deferred
 from .reading import Operands
 
 

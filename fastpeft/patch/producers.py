@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.deferred import Deferred, Handler
 from ..ops.glu import NATIVE_ELEMENTS, glu
 from ..ops.glu_linear import glu_linear
 from ..ops.norm_linear import LayerNorm, RMSNorm, norm_linear
-from .deferred import Deferred, Handler
 from .forwards import TENSORS, Forward, eager
 from .group import Gathered, Group
 from .recognise import ActivationSpec, NormSpec, Spec

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.measure import SavedActivations
-from fastpeft.patch.deferred import Deferred
+from fastpeft.ops.deferred import Deferred
 
 
 class Product(Deferred):
