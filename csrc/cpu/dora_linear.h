@@ -278,6 +278,7 @@ static void dora_expand_backward(
       if (n == 0) memset(ds_part, 0, rows * wide * sizeof(float));
       for (int64_t column = 0; column < n; column += PANEL) {
         const int64_t columns = smaller(PANEL, n - column);
+        if (y.data != nullptr) prefetch(y, row, rows, column, columns);
         const View v = stage(dy, row, rows, column, columns, nullptr, true, dy_part, PANEL);
         const float* b_at = b_scaled.data + column * wide;
         product(rows, wide, columns, v.data, v.stride, 1, b_at, wide, ds_part, wide, column > 0);
