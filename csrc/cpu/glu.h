@@ -182,6 +182,10 @@ struct Remade {
 
   bool adds() const { return dgate.data != nullptr; }
   void begin(int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    if (adds()) prefetch(dh, row, rows, column, columns);
+    const int64_t next_rows = smaller(rows, gate.rows - row - rows);
+    prefetch(gate, row + rows, next_rows, column, columns);
+    if (up.data != nullptr) prefetch(up, row + rows, next_rows, column, columns);
     blocks.forward(gate, up, row, rows, column, columns, space.data, PANEL);
   }
   View read(int64_t, int64_t rows, int64_t, int64_t columns, const uint8_t* bits, float* scratch) {
