@@ -113,9 +113,15 @@ def pick(i, v0, v1, v2, v3):
 
 
 @triton.jit
-def _sum_parts(i, p_parts, p_out, n, parts, BP: tl.constexpr, BN: tl.constexpr):
-    """out[i-th block] = Σ_p parts[p, i-th block] in a fixed order; parts (parts, n) fp32."""
+def _sum_parts(i, p_parts, p_out, n, parts, VECTOR: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+    """out[i-th block] = Σ_p parts[p, i-th block] in a fixed order; parts (parts, n) fp32.
+
+    VECTOR: n is a multiple of 16. Otherwise the mask allows no vectors, and a thread takes one element and not several
+    neighbours, which it would store one by one, a sector each.
+    """
     o_n = i.to(tl.int64) * BN + tl.arange(0, BN)
+    if not VECTOR:
+        o_n = tl.max_contiguous(o_n, 1)
     o_p = tl.arange(0, BP)
     m_n = o_n < n
     b_sum = tl.zeros((BN,), tl.float32)
@@ -128,11 +134,12 @@ def _sum_parts(i, p_parts, p_out, n, parts, BP: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def sum_parts_kernel(
-    p_parts, p_out, n, parts, blocks, p_parts2, p_out2, n2, parts2, BP: tl.constexpr, BN: tl.constexpr
+    p_parts, p_out, n, parts, blocks, p_parts2, p_out2, n2, parts2,
+    VECTOR: tl.constexpr, VECTOR2: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The second pass of one reduction, or of two in one launch: the programs from `blocks` on do the second."""
     i = tl.program_id(0)
     if i < blocks:
-        _sum_parts(i, p_parts, p_out, n, parts, BP, BN)
+        _sum_parts(i, p_parts, p_out, n, parts, VECTOR, BP, BN)
     else:
-        _sum_parts(i - blocks, p_parts2, p_out2, n2, parts2, BP, BN)
+        _sum_parts(i - blocks, p_parts2, p_out2, n2, parts2, VECTOR2, BP, BN)

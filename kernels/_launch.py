@@ -134,5 +134,6 @@ def sum_partials(*reductions: tuple[torch.Tensor, torch.Tensor]) -> None:
     most = max(parts.shape[0], parts2.shape[0])
     sum_parts_kernel[(sum(blocks),)](
         parts, out, out.numel(), parts.shape[0], blocks[0], parts2, out2, out2.numel(), parts2.shape[0],
+        VECTOR=out.numel() % 16 == 0, VECTOR2=out2.numel() % 16 == 0,
         **config(4, 1, BP=power_of_two(most, 1, 8), BN=BN),
     )  # fmt: skip

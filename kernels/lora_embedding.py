@@ -74,15 +74,16 @@ def _scatter_kernel(
     if ((i_m == 0) | (before != v)) & (v != padding):
         o_r = tl.arange(0, BR)
         b_sum = tl.zeros((BR,), tl.float32)
-        n = BM
-        while n == BM:
-            o_m = i_m + tl.arange(0, BM)
-            m_m = tl.load(p_sorted + o_m, mask=o_m < M, other=-1) == v
+        i = i_m // BM * BM  # in whole sectors of indices from here on
+        goes_on = True
+        while goes_on:
+            o_m = tl.max_contiguous(i + tl.arange(0, BM), 1)  # the masks allow no vectors: an index a thread
+            m_m = tl.load(p_sorted + o_m, mask=(o_m >= i_m) & (o_m < M), other=-1) == v
             b_m = tl.load(p_order + o_m, mask=m_m, other=0)
             p_block = p_de + b_m[:, None].to(tl.int64) * R + o_r[None, :]
             b_sum += tl.sum(tl.load(p_block, mask=m_m[:, None] & (o_r < R)[None, :], other=0.0), axis=0)
-            n = tl.sum(m_m.to(tl.int32), axis=0)
-            i_m += BM
+            i += BM
+            goes_on = tl.sum((m_m & (o_m == i - 1)).to(tl.int32), axis=0) > 0
         p_block = p_da + o_r.to(tl.int64) * stride_dar + v.to(tl.int64)
         tl.store(p_block, cast(b_sum * c, p_da.dtype.element_ty), mask=o_r < R)
 
@@ -141,6 +142,6 @@ def lora_embedding_backward(
         BR = power_of_two(R, 1, 512)
         _scatter_kernel[(M,)](
             ordered, order, de, dA, float(scaling), padding_idx, M, R, dA.stride(0),
-            **config(1, 1, BM=max(2, 1024 // BR), BR=BR),
+            **config(1, 1, BM=32 if BR <= 64 else max(2, 2048 // BR), BR=BR),  # 32: an index a lane
         )  # fmt: skip
     return dA, dB

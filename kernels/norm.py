@@ -144,6 +144,18 @@ def load_statistics(p_mean, p_rstd, o_m, m_m, CENTRED: tl.constexpr):
 
 
 @triton.jit
+def statistics_of_rows(b_mean, b_rstd, o_rows, o_m, BM: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr):
+    """mean and rstd of the rows `o_m` from those of ROWS rows, `o_rows`."""
+    if BM == ROWS:
+        return b_mean, b_rstd
+    m_own = o_m[:, None] == o_rows[None, :]
+    b_one = tl.zeros((BM,), tl.float32)
+    if CENTRED:
+        b_one = tl.sum(tl.where(m_own, b_mean[None, :], 0.0), axis=1)
+    return b_one, tl.sum(tl.where(m_own, b_rstd[None, :], 0.0), axis=1)
+
+
+@triton.jit
 def centred(b_x, b_mean, b_rstd, m_mk, CENTRED: tl.constexpr):
     """h' = (x - mean) * rstd, zero where masked."""
     b_h = b_x.to(tl.float32)
@@ -166,9 +178,12 @@ def _norm_backward_kernel(
     p_dy, p_x, p_dh, p_w, p_mean, p_rstd, p_dx, p_dw, p_db, offset, M, K, m_part,
     stride_dym, stride_xm, stride_dhm, stride_dxm,
     HAS_W: tl.constexpr, HAS_DH: tl.constexpr, DW: tl.constexpr, DB: tl.constexpr, CENTRED: tl.constexpr,
-    WHOLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dx of `m_part` rows and, with DW and DB (then WHOLE), their part of dweight and dbias."""
+    """dx of `m_part` rows and, with DW and DB (then WHOLE), their part of dweight and dbias.
+
+    The statistics of ROWS rows are loaded at once: those of BM rows would be read by as many warps, a sector each.
+    """
     o_k = tl.arange(0, BK)
     if WHOLE:
         m_k = o_k < K
@@ -176,49 +191,53 @@ def _norm_backward_kernel(
         b_dw = tl.zeros((BM, BK), tl.float32)
         b_db = tl.zeros((BM, BK), tl.float32)
     m_first = tl.program_id(0) * m_part
-    for m in range(m_first, tl.minimum(M, m_first + m_part), BM):
-        o_m = m + tl.arange(0, BM)
-        m_m = o_m < M
-        b_mean, b_rstd = load_statistics(p_mean, p_rstd, o_m, m_m, CENTRED)
-        p_dym = p_dy + o_m[:, None].to(tl.int64) * stride_dym
-        p_xm = p_x + o_m[:, None].to(tl.int64) * stride_xm
-        if HAS_DH:
-            p_dhm = p_dh + o_m[:, None].to(tl.int64) * stride_dhm
-        p_dxm = p_dx + o_m[:, None].to(tl.int64) * stride_dxm
-        if WHOLE:
-            m_mk = m_m[:, None] & m_k[None, :]
-            b_dy = tl.load(p_dym + o_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
-            b_h = centred(tl.load(p_xm + o_k[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
-            b_g = b_dy * b_w[None, :]
-            b_dx = row_gradient(b_g, b_h, b_rstd, tl.sum(b_g, axis=1), tl.sum(b_g * b_h, axis=1), K, CENTRED)
+    m_last = tl.minimum(M, m_first + m_part)
+    for m_rows in range(m_first, m_last, ROWS):
+        o_rows = m_rows + tl.arange(0, ROWS)
+        b_means, b_rstds = load_statistics(p_mean, p_rstd, o_rows, o_rows < m_last, CENTRED)
+        for m in range(m_rows, tl.minimum(m_last, m_rows + ROWS), BM):
+            o_m = m + tl.arange(0, BM)
+            m_m = o_m < M
+            b_mean, b_rstd = statistics_of_rows(b_means, b_rstds, o_rows, o_m, BM, ROWS, CENTRED)
+            p_dym = p_dy + o_m[:, None].to(tl.int64) * stride_dym
+            p_xm = p_x + o_m[:, None].to(tl.int64) * stride_xm
             if HAS_DH:
-                b_dx += tl.load(p_dhm + o_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
-            tl.store(p_dxm + o_k[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m_mk)
-            if DW:
-                b_dw += b_dy * b_h
-            if DB:
-                b_db += b_dy
-        else:
-            b_sum = tl.zeros((BM,), tl.float32)
-            b_along = tl.zeros((BM,), tl.float32)
-            for k in range(0, K, BK):
-                o_c = k + o_k
-                m_mk = m_m[:, None] & (o_c < K)[None, :]
-                b_w, _ = load_parameters(p_w, p_w, offset, o_c, o_c < K, HAS_W, False)
-                b_g = tl.load(p_dym + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32) * b_w[None, :]
-                b_h = centred(tl.load(p_xm + o_c[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
-                b_sum += tl.sum(b_g, axis=1)
-                b_along += tl.sum(b_g * b_h, axis=1)
-            for k in range(0, K, BK):
-                o_c = k + o_k
-                m_mk = m_m[:, None] & (o_c < K)[None, :]
-                b_w, _ = load_parameters(p_w, p_w, offset, o_c, o_c < K, HAS_W, False)
-                b_g = tl.load(p_dym + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32) * b_w[None, :]
-                b_h = centred(tl.load(p_xm + o_c[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
-                b_dx = row_gradient(b_g, b_h, b_rstd, b_sum, b_along, K, CENTRED)
+                p_dhm = p_dh + o_m[:, None].to(tl.int64) * stride_dhm
+            p_dxm = p_dx + o_m[:, None].to(tl.int64) * stride_dxm
+            if WHOLE:
+                m_mk = m_m[:, None] & m_k[None, :]
+                b_dy = tl.load(p_dym + o_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
+                b_h = centred(tl.load(p_xm + o_k[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
+                b_g = b_dy * b_w[None, :]
+                b_dx = row_gradient(b_g, b_h, b_rstd, tl.sum(b_g, axis=1), tl.sum(b_g * b_h, axis=1), K, CENTRED)
                 if HAS_DH:
-                    b_dx += tl.load(p_dhm + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32)
-                tl.store(p_dxm + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m_mk)
+                    b_dx += tl.load(p_dhm + o_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
+                tl.store(p_dxm + o_k[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m_mk)
+                if DW:
+                    b_dw += b_dy * b_h
+                if DB:
+                    b_db += b_dy
+            else:
+                b_sum = tl.zeros((BM,), tl.float32)
+                b_along = tl.zeros((BM,), tl.float32)
+                for k in range(0, K, BK):
+                    o_c = k + o_k
+                    m_mk = m_m[:, None] & (o_c < K)[None, :]
+                    b_w, _ = load_parameters(p_w, p_w, offset, o_c, o_c < K, HAS_W, False)
+                    b_g = tl.load(p_dym + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32) * b_w[None, :]
+                    b_h = centred(tl.load(p_xm + o_c[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
+                    b_sum += tl.sum(b_g, axis=1)
+                    b_along += tl.sum(b_g * b_h, axis=1)
+                for k in range(0, K, BK):
+                    o_c = k + o_k
+                    m_mk = m_m[:, None] & (o_c < K)[None, :]
+                    b_w, _ = load_parameters(p_w, p_w, offset, o_c, o_c < K, HAS_W, False)
+                    b_g = tl.load(p_dym + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32) * b_w[None, :]
+                    b_h = centred(tl.load(p_xm + o_c[None, :], mask=m_mk, other=0.0), b_mean, b_rstd, m_mk, CENTRED)
+                    b_dx = row_gradient(b_g, b_h, b_rstd, b_sum, b_along, K, CENTRED)
+                    if HAS_DH:
+                        b_dx += tl.load(p_dhm + o_c[None, :], mask=m_mk, other=0.0).to(tl.float32)
+                    tl.store(p_dxm + o_c[None, :], cast(b_dx, p_dx.dtype.element_ty), mask=m_mk)
     if DW:
         p_out = p_dw + tl.program_id(0).to(tl.int64) * K + o_k
         tl.store(p_out, cast(tl.sum(b_dw, axis=0), p_dw.dtype.element_ty), mask=m_k)
@@ -230,7 +249,7 @@ def _norm_backward_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _parameters_kernel(
     p_dy, p_x, p_mean, p_rstd, p_dw, p_db, M, K, m_part, stride_dym, stride_xm,
-    DW: tl.constexpr, DB: tl.constexpr, CENTRED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    DW: tl.constexpr, DB: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias of BK columns over `m_part` rows: for rows too long to stay in registers."""
     o_k = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -238,18 +257,22 @@ def _parameters_kernel(
     b_dw = tl.zeros((BK,), tl.float32)
     b_db = tl.zeros((BK,), tl.float32)
     m_first = tl.program_id(1) * m_part
-    for m in range(m_first, tl.minimum(M, m_first + m_part), BM):
-        o_m = m + tl.arange(0, BM)
-        m_m = o_m < M
-        m_mk = m_m[:, None] & m_k[None, :]
-        b_dy = tl.load(p_dy + o_m[:, None].to(tl.int64) * stride_dym + o_k[None, :], mask=m_mk, other=0.0)
-        b_dy = b_dy.to(tl.float32)
+    m_last = tl.minimum(M, m_first + m_part)
+    for m_rows in range(m_first, m_last, ROWS):
+        o_rows = m_rows + tl.arange(0, ROWS)
         if DW:
-            b_mean, b_rstd = load_statistics(p_mean, p_rstd, o_m, m_m, CENTRED)
-            b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :], mask=m_mk, other=0.0)
-            b_dw += tl.sum(b_dy * centred(b_x, b_mean, b_rstd, m_mk, CENTRED), axis=0)
-        if DB:
-            b_db += tl.sum(b_dy, axis=0)
+            b_means, b_rstds = load_statistics(p_mean, p_rstd, o_rows, o_rows < m_last, CENTRED)
+        for m in range(m_rows, tl.minimum(m_last, m_rows + ROWS), BM):
+            o_m = m + tl.arange(0, BM)
+            m_mk = (o_m < M)[:, None] & m_k[None, :]
+            b_dy = tl.load(p_dy + o_m[:, None].to(tl.int64) * stride_dym + o_k[None, :], mask=m_mk, other=0.0)
+            b_dy = b_dy.to(tl.float32)
+            if DW:
+                b_mean, b_rstd = statistics_of_rows(b_means, b_rstds, o_rows, o_m, BM, ROWS, CENTRED)
+                b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :], mask=m_mk, other=0.0)
+                b_dw += tl.sum(b_dy * centred(b_x, b_mean, b_rstd, m_mk, CENTRED), axis=0)
+            if DB:
+                b_db += tl.sum(b_dy, axis=0)
     if DW:
         p_out = p_dw + tl.program_id(1).to(tl.int64) * K + o_k
         tl.store(p_out, cast(b_dw, p_dw.dtype.element_ty), mask=m_k)
@@ -328,7 +351,7 @@ def backward(
             dy, x, d_h, weight, mean, rstd, dx, work_w, work_b, float(offset), M, K, per_part,
             dy.stride(0), x.stride(0), 0 if d_h is None else d_h.stride(0), dx.stride(0),
             HAS_W=weight is not None, HAS_DH=d_h is not None, DW=dw is not None, DB=db is not None,
-            CENTRED=mean is not None, **tile,
+            CENTRED=mean is not None, ROWS=max(32, tile["BM"]), **tile,
         )  # fmt: skip
         sum_partials(*((work, out) for work, out in ((work_w, dw), (work_b, db)) if out is not None))
 
@@ -338,8 +361,7 @@ def _parameters(
     dweight: torch.Tensor | None, dbias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     M, K = x.shape
-    # Each warp loads the statistics of its rows, a sector each: with 256 columns to a warp 90 % of the loaded sectors'
-    # bytes were used. And the sums over rows need no shared memory where each warp has all rows.
+    # The sums over rows need no shared memory where each warp has all rows.
     BM, BK = power_of_two(M, 1, 2), 2048
     panels, count = triton.cdiv(K, BK), sum(t is not None for t in (dweight, dbias))
     parts = _parts(M, K, BM, (dy, x), count, triton.cdiv(4 * limits(x.device).multiprocessors, panels))
@@ -349,7 +371,8 @@ def _parameters(
     with on_device(x):
         _parameters_kernel[(panels, parts)](
             dy, x, mean, rstd, work_w, work_b, M, K, per_part, dy.stride(0), x.stride(0),
-            DW=dweight is not None, DB=dbias is not None, CENTRED=mean is not None, **config(4, 2, BM=BM, BK=BK),
+            DW=dweight is not None, DB=dbias is not None, CENTRED=mean is not None, ROWS=32,
+            **config(4, 2, BM=BM, BK=BK),
         )  # fmt: skip
         sum_partials(*((work, out) for work, out in ((work_w, dweight), (work_b, dbias)) if out is not None))
 
@@ -366,7 +389,11 @@ def _remake_kernel(
     m_k = o_k < K
     m_mk = m_m[:, None] & m_k[None, :]
     b_x = tl.load(p_x + o_m[:, None].to(tl.int64) * stride_xm + o_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
-    b_mean, b_rstd = load_statistics(p_mean, p_rstd, o_m, m_m, CENTRED)
+    # An element a lane: each warp loads all rows' statistics, its own alone would leave most of a sector.
+    o_rows = tl.program_id(0) * BM + tl.arange(0, 32)
+    m_rows = o_rows < tl.minimum(M, tl.program_id(0) * BM + BM)
+    b_means, b_rstds = load_statistics(p_mean, p_rstd, o_rows, m_rows, CENTRED)
+    b_mean, b_rstd = statistics_of_rows(b_means, b_rstds, o_rows, o_m, BM, 32, CENTRED)
     b_w, b_b = load_parameters(p_w, p_b, offset, o_k, m_k, HAS_W, HAS_B)
     b_y = normalise(b_x, b_mean, b_rstd, b_w, b_b, CENTRED)
     tl.store(p_y + o_m[:, None].to(tl.int64) * K + o_k[None, :], cast(b_y, p_y.dtype.element_ty), mask=m_mk)

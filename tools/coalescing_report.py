@@ -9,6 +9,8 @@ one access of the source in one kernel, summed over the requests of its warps:
 * asked: distinct bytes of a request;
 * moved: 32 bytes for each sector that a request touches, as if nothing were cached;
 * used: asked / moved, the usual measure of coalescing;
+* run: the sectors that a request's bytes would touch if they were neighbours, from its first one on / moved. Rows that
+  begin anywhere are read an element a lane: 64 bytes in 16 bit, which lie in three sectors (68 % used).
 * once: needed / moved. Needed are the distinct sectors in which a program's bytes of this access lie, as often as it
   asks for a byte. A scalar of a row, or a row that is shorter than a sector or begins inside one, needs sectors that
   are not full; below 100 % sectors are moved again for bytes beside those they were moved for.
@@ -34,7 +36,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import numpy as np
 import ptxsim
 import torch
-from fastpeft.kernels import lora_embedding, philox
+from fastpeft.kernels import cross_entropy, lora_embedding, philox
 from kernel_report import (
     BF16,
     FP32,
@@ -56,13 +58,24 @@ Key = tuple[str, str, int]  # load or store, the argument whose memory it is, li
 
 
 def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
-    """Half the tokens among 16 of the vocabulary, as those of a text are: runs of one index."""
+    """Half the tokens are of 16 of the vocabulary: as in a text, some often."""
 
     def call() -> object:
-        index = torch.cat((torch.randint(0, 16, (256,)), torch.randint(0, 8192, (256,))))
+        index = torch.cat((torch.randint(0, 16, (256,)) * 500, torch.randint(0, 8192, (256,))))
         W, A, B, dy = (torch.randn(*s).to(dtype) for s in ((8192, 512), (r, 8192), (512, r), (512, 512)))
         lora_embedding.lora_embedding(index, W, A, B, 2.0)
         return lora_embedding.lora_embedding_backward(dy, index, A, B, 2.0)
+
+    return call
+
+
+def _accumulate(dtype: torch.dtype) -> Callable[[], object]:
+    """The first chunk of a cross-entropy: what was summed up before is rescaled."""
+
+    def call() -> object:
+        z, labels, acc = torch.randn(64, 8192).to(dtype), torch.zeros(64, dtype=torch.int64), torch.randn(64, 4096)
+        state = torch.tensor([float("-inf"), 0.0, 0.0, 0.0])[:, None].repeat(1, 64)
+        return cross_entropy.cross_entropy_accumulate_(z, labels, 0, 1.0, 0.0, state, acc)
 
     return call
 
@@ -105,8 +118,8 @@ CASES: dict[str, Callable[[], object]] = {
     "dora dropout": _dora("dropout", 16, N=512),
     "weight_norm r16": _dora("norm", 16, N=512),
     "weight_norm r384": _dora("norm", 384, N=512),
-    "glu forward": _glu("forward"),
-    "glu backward": _glu("backward"),
+    "glu forward": _glu("forward", M=512),
+    "glu backward": _glu("backward", M=512),
     "glu forward N odd": _glu("forward", N=1023),
     "glu shrink r16 x3 dropout": _glu("shrink", members=3, p=0.05, N=512),
     "glu shrink_backward r16 dropout": _glu("shrink_backward", p=0.05, N=512),
@@ -130,8 +143,8 @@ CASES: dict[str, Callable[[], object]] = {
     "4 bits linear_backward": _four_bits("linear_backward", **SHORT),
     "4 bits linear_backward 64 rows": _four_bits("linear_backward", M=64, **SHORT),
     "4 bits linear_backward fp32": _four_bits("linear_backward", M=32, x=FP32, **SHORT),
-    "cross_entropy accumulate": _cross_entropy("accumulate", BF16),
-    "cross_entropy accumulate fp32": _cross_entropy("accumulate", FP32),
+    "cross_entropy accumulate": _accumulate(BF16),
+    "cross_entropy accumulate fp32": _accumulate(FP32),
     "cross_entropy gradient": _cross_entropy("gradient", BF16),
     **{f"{kind} K {K}": _norm(kind, "", K) for kind in ("rms_norm", "layer_norm") for K in (128, 192, 576, 4096)},
     "rms_norm add K 20480": _norm("rms_norm", "_add", 20480, M=256),
@@ -156,15 +169,19 @@ class Access:
 
     asked: int = 0
     sectors: int = 0
+    least: int = 0  # sectors of runs
     requests: int = 0
     words: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by width: (program, word) of each
 
     def request(self, program: Any, warp: Any, offset: Any, width: int) -> None:
         """A request of each warp: `width` bytes at `offset`, a lane each."""
         word = offset // width
-        self.asked += np.unique((warp << 44) | word).size * width
+        each = np.unique((warp << 44) | word)
+        _, first, count = np.unique(each >> 44, return_index=True, return_counts=True)
+        self.asked += each.size * width
         self.sectors += np.unique((warp << 44) | offset // SECTOR).size
-        self.requests += np.unique(warp).size
+        self.least += int(-(-((each[first] * width) % SECTOR + count * width) // SECTOR).sum())
+        self.requests += first.size
         self.words[width].append(np.unique((program << 44) | word))
 
 
@@ -192,6 +209,7 @@ def row_of(accesses: list[Access]) -> Row:
         "asked": asked,
         "moved": moved,
         "used": asked / moved,
+        "run": sum(a.least for a in accesses) * SECTOR / moved,
         "once": asked / moved / full,
     }
 
@@ -248,6 +266,7 @@ def place_of(ptx: str) -> Callable[[int], str]:
 def accesses(call: Callable[[], object], programs: int | None = None) -> list[Row]:
     """A row for each access of each launch of `call`, of so many of its programs."""
     rows: list[Row] = []
+    launches: list[str] = []
     launch = triton_api.launch
 
     def watched(kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -257,8 +276,11 @@ def accesses(call: Callable[[], object], programs: int | None = None) -> list[Ro
         for (kind, argument, line), access in log.items():
             by_place[kind, argument, place(line)].append(access)
         name = report.kernel.strip("_").removesuffix("_kernel")
+        number = len(launches)
+        launches.append(name)
         for (kind, argument, where), some in sorted(by_place.items()):
-            rows.append({"kernel": name, "kind": kind, "argument": argument, "place": where, **row_of(some)})
+            access = {"kind": kind, "argument": argument, "place": where}
+            rows.append({"launch": number, "kernel": name, **access, **row_of(some)})
         return report
 
     triton_api.launch = watched
@@ -270,13 +292,20 @@ def accesses(call: Callable[[], object], programs: int | None = None) -> list[Ro
     return rows
 
 
+def counted(case: str, programs: int = 2) -> list[Row]:
+    """A row for each access of a case, the same every time."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return [{"case": case, **row} for row in accesses(CASES[case], programs)]
+
+
 def markdown(rows: list[Row]) -> str:
-    lines = ["| case | kernel | access | source | asked | moved | used | once |", "|---" * 8 + "|"]
+    lines = ["| case | kernel | access | source | asked | moved | used | run | once |", "|---" * 9 + "|"]
     for row in rows:
         access = f"{row['kind']} {row['argument']}"
         lines.append(
             f"| {row['case']} | `{row['kernel']}` | {access} | {row['place']} | {row['asked']:,} | {row['moved']:,} | "
-            f"{row['used']:.1%} | {row['once']:.1%} |"
+            f"{row['used']:.1%} | {row['run']:.1%} | {row['once']:.1%} |"
         )
     return "\n".join(lines)
 
@@ -291,11 +320,10 @@ def main() -> None:
     cases = [name for name in CASES if not options.case or any(name.startswith(case) for case in options.case)]
     if not cases:
         sys.exit(f"no such case; there are: {', '.join(CASES)}")
-    torch.manual_seed(0)
     rows = []
     for case in cases:
         print(case, file=sys.stderr)
-        rows += [{"case": case, **row} for row in accesses(CASES[case], options.programs)]
+        rows += counted(case, options.programs)
     shown = [row for row in rows if options.all or row["used"] < ENOUGH]
     print(json.dumps(shown) if options.json else markdown(shown))
     print(f"{len(rows)} accesses, {len(shown)} listed", file=sys.stderr)
