@@ -68,13 +68,13 @@ __device__ inline float element(const void* data, int64_t i, int dtype) {
   }
 }
 
-// Eight consecutive values of x as fp32.
-__device__ inline void load8(const float* p, float (&v)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+// A lane's share of consecutive values of x as fp32: four of fp32, eight of 16 bits, 16 bytes either way.
+__device__ inline void load16(const float* p, float (&v)[4]) {
+  const float4 a = *reinterpret_cast<const float4*>(p);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
 }
 template <typename T>
-__device__ inline void load8(const T* p, float (&v)[8]) {
+__device__ inline void load16(const T* p, float (&v)[8]) {
   const uint4 a = *reinterpret_cast<const uint4*>(p);
   const T* each = reinterpret_cast<const T*>(&a);
 #pragma unroll
@@ -85,6 +85,11 @@ __device__ inline void load8(const T* p, float (&v)[8]) {
 __device__ inline uint32_t load_packed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ inline uint32_t load_packed(const uint16_t* p) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
   return v;
 }
 __device__ inline uint4 load_packed(const uint4* p) {
@@ -122,6 +127,13 @@ __device__ inline float scale_of(
 ) {
   if (small == nullptr) return absmax[block];
   return __fadd_rn(__fmul_rn(nested_table[small[block]], nested_absmax[block >> nested_shift]), offset);
+}
+
+// How many blocks `width` columns of a row may touch. Tiles begin at multiples of their width, a power of two: where rows
+// are whole blocks, so do they, and lanes that share the blocks of some rows among them have whole rows.
+__device__ inline int blocks_of(int width, int columns, int block_shift) {
+  const bool whole = (columns & ((1 << block_shift) - 1)) == 0;
+  return whole ? max(width >> block_shift, 1) : (width >> block_shift) + 2;
 }
 
 }  // namespace cuda

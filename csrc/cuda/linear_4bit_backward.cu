@@ -12,7 +12,8 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kColumns = 256;      // a block's, 8 a lane
 constexpr int kAhead = 4;          // rows of W that a lane reads at once
-constexpr int kChunk = 256;        // rows of W for which dy lies in shared memory
+constexpr int kChunk = 256;        // rows of W for which dy and the scales lie in shared memory
+constexpr int kScales = kColumns / 32 + 2, kScalePitch = kScales + 1;  // of a row, at most: blocks of 32
 constexpr int kPitch = 36;         // a lane's eight sums lie this far apart: no two of the block meet in a bank
 constexpr int kRows = 8;           // rows of dy at a time, at most
 constexpr int kShortestPart = 256; // rows of W in a part, at least
@@ -39,11 +40,13 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_kernel(
     int r
 ) {
   __shared__ float table[16], nested_table[256], shared_dy[M][kChunk], sums[kWarps][8 * kPitch];
+  __shared__ float scales[kChunk * kScalePitch];
   load_tables(table, nested_table, code, nested_code, small != nullptr);
   const float o = small != nullptr ? *offset : 0.f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int k0 = blockIdx.x * kColumns, k = k0 + lane * 8, m0 = blockIdx.y * M;
   const int n_first = blockIdx.z * per_part, n_end = min(n_rows, n_first + per_part);
+  const int width = min(kColumns, columns - k0), blocks = min(kScales, blocks_of(width, columns, block_shift));
 
   float acc[M][8] = {};
   for (int n0 = n_first; n0 < n_end; n0 += kChunk) {
@@ -52,6 +55,13 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_kernel(
       const int m = at / kChunk, n = at % kChunk;
       const bool there = m0 + m < m_rows && n0 + n < n_end;
       shared_dy[m][n] = there ? to_float(dy[(m0 + m) * stride_dy + n0 + n]) : 0.f;
+    }
+    for (int at = threadIdx.x; at < kChunk * blocks; at += kThreads) {
+      const int n = at / blocks, i = at % blocks;
+      const int64_t first = static_cast<int64_t>(n0 + n) * columns + k0, block = (first >> block_shift) + i;
+      scales[n * kScalePitch + i] = n0 + n < n_end && block << block_shift < first + width
+                                        ? scale_of(block, small, absmax, nested_table, nested_absmax, o, nested_shift)
+                                        : 0.f;
     }
     __syncthreads();
     const int end = min(kChunk, n_end - n0);
@@ -64,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_kernel(
         if (n + i * kWarps < end && k < columns) {
           const int64_t first = static_cast<int64_t>(n0 + n + i * kWarps) * columns + k;
           words[i] = load_packed(reinterpret_cast<const uint32_t*>(packed + first / 2));
-          scale[i] = scale_of(first >> block_shift, small, absmax, nested_table, nested_absmax, o, nested_shift);
+          const int64_t block = (first >> block_shift) - ((first - lane * 8) >> block_shift);
+          scale[i] = scales[(n + i * kWarps) * kScalePitch + static_cast<int>(block)];
         }
       }
 #pragma unroll
@@ -95,16 +106,21 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_kernel(
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total[m] += sums[w][c % 8 * kPitch + c / 8];
   }
-  if (k0 + c >= columns) return;
-  if (blockIdx.z == 0) {
-    for (int i = 0; i < r; ++i) {
-      const float a = element(right, (k0 + c) * column_stride + i * rank_stride, right_dtype);
+  for (int i0 = 0; blockIdx.z == 0 && i0 < r; i0 += kChunk) {  // the adapter's left factor where dy was
+    const int end = min(kChunk, r - i0);
+    __syncthreads();
+    for (int at = threadIdx.x; at < M * kChunk; at += kThreads) {
+      const int m = at / kChunk, i = at % kChunk;
+      if (i < end) shared_dy[m][i] = element(left, min(m0 + m, m_rows - 1) * left_stride + i0 + i, left_dtype);
+    }
+    __syncthreads();
+    for (int i = 0; i < end && k0 + c < columns; ++i) {
+      const float a = element(right, (k0 + c) * column_stride + (i0 + i) * rank_stride, right_dtype);
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
-        total[m] = fmaf(a, element(left, min(m0 + m, m_rows - 1) * left_stride + i, left_dtype), total[m]);
-      }
+      for (int m = 0; m < M; ++m) total[m] = fmaf(a, shared_dy[m][i], total[m]);
     }
   }
+  if (k0 + c >= columns) return;
   float* part = work != nullptr ? work + static_cast<int64_t>(blockIdx.z) * m_rows * columns : nullptr;
 #pragma unroll
   for (int m = 0; m < M; ++m) {

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_gemm_kernel(FASTPEFT_
     if (step % kTiles == 0) {
       __syncthreads();
       const int width = min(kTiles * kForwardDepth, k_end - k_scales);
-      const int most_blocks = min(kForwardScales, (width >> block_shift) + 2);
+      const int most_blocks = min(kForwardScales, blocks_of(width, columns, block_shift));
       for (int at = threadIdx.x; at < kForwardRows * most_blocks; at += kThreads) {
         const int n = at / most_blocks, i = at % most_blocks;
         const int64_t first = static_cast<int64_t>(min(n0 + n, n_rows - 1)) * columns + k_scales;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_4bit_backward_gemm_kernel(
     const int n_scales = n_first + step / kTiles * kTiles * kBackwardDepth;
     if (step % kTiles == 0) {
       __syncthreads();
-      const int most_blocks = min(kBackwardScales, (width >> block_shift) + 2);
+      const int most_blocks = min(kBackwardScales, blocks_of(width, columns, block_shift));
       for (int at = threadIdx.x; at < kTiles * kBackwardDepth * most_blocks; at += kThreads) {
         const int n = at / most_blocks, i = at % most_blocks;
         const int64_t first = static_cast<int64_t>(n_scales + n) * columns + k0;

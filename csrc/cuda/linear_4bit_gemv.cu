@@ -1,6 +1,8 @@
 // y = x W^T for up to four rows of x at a time: what decoding a token takes. Bound by reading W, so a warp owns whole
 // rows of W, reads them once, in order, and multiplies the table's values before the scale: one more product a lane and
 // word instead of eight.
+#include <type_traits>
+
 #include "decode.cuh"
 
 namespace fastpeft {
@@ -10,6 +12,11 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kStep = 1024;           // columns a step: up to 32 blocks, whose scales a warp's lanes hold
 constexpr int kWords = kStep / 256;   // words of 8 codes that a lane reads of a row in a step
+
+// How often a lane reads 16 bytes of x for a word, and so in how many pieces it reads the word: lanes are neighbours in
+// each, in fp32 128 columns apart. (Eight fp32 of a lane in a row would be two loads with half of each sector.)
+template <typename T>
+constexpr int kPieces = sizeof(T) / 2;
 
 // The words and the scale that a lane holds of row `n` from column `k0` on.
 template <int R>
@@ -53,6 +60,9 @@ __global__ void __launch_bounds__(32 * kWarps) linear_4bit_gemv_kernel(
 #pragma unroll
   for (int m = 0; m < M; ++m) rows[m] = x + min(m0 + m, m_rows - 1) * stride_x;
 
+  constexpr int P = kPieces<T>, E = 8 / P;
+  using Piece = std::conditional_t<P == 1, uint32_t, uint16_t>;
+  auto column = [&](int k0, int j, int h) { return k0 + j * 256 + h * 128 + lane * E; };
   auto load = [&](int k0, Step<R>& step) {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -64,9 +74,15 @@ __global__ void __launch_bounds__(32 * kWarps) linear_4bit_gemv_kernel(
       }
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
-        const int k = k0 + j * 256 + lane * 8;
-        step.words[i][j] =
-            k < columns ? load_packed(reinterpret_cast<const uint32_t*>(packed + (start[i] + k) / 2)) : 0;
+        step.words[i][j] = 0;
+#pragma unroll
+        for (int h = 0; h < P; ++h) {
+          const int k = column(k0, j, h);
+          if (k < columns) {
+            const Piece* piece = reinterpret_cast<const Piece*>(packed + (start[i] + k) / 2);
+            step.words[i][j] |= load_packed(piece) << (h * 16);
+          }
+        }
       }
     }
   };
@@ -78,26 +94,29 @@ __global__ void __launch_bounds__(32 * kWarps) linear_4bit_gemv_kernel(
     load(k0 + kStep, next);
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
-      const int k = k0 + j * 256 + lane * 8;
-      float v[M][8] = {};
-      if (k < columns) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) load8(rows[m] + k, v[m]);
-      }
+      for (int h = 0; h < P; ++h) {
+        const int k = column(k0, j, h);
+        float v[M][E] = {};
+        if (k < columns) {
 #pragma unroll
-      for (int i = 0; i < R; ++i) {
-        const int64_t first = start[i] + k0;
-        const int holder = static_cast<int>(((start[i] + k) >> block_shift) - (first >> block_shift)) & 31;
-        const float scale = __shfl_sync(~0u, now.scale[i], holder);
-        float part[M] = {};
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float c = value(table, now.words[i][j], e);
-#pragma unroll
-          for (int m = 0; m < M; ++m) part[m] = fmaf(c, v[m][e], part[m]);
+          for (int m = 0; m < M; ++m) load16(rows[m] + k, v[m]);
         }
 #pragma unroll
-        for (int m = 0; m < M; ++m) acc[i][m] = fmaf(scale, part[m], acc[i][m]);
+        for (int i = 0; i < R; ++i) {
+          const int64_t first = start[i] + k0;
+          const int holder = static_cast<int>(((start[i] + k) >> block_shift) - (first >> block_shift)) & 31;
+          const float scale = __shfl_sync(~0u, now.scale[i], holder);
+          float part[M] = {};
+#pragma unroll
+          for (int e = 0; e < E; ++e) {
+            const float c = value(table, now.words[i][j], h * E + e);
+#pragma unroll
+            for (int m = 0; m < M; ++m) part[m] = fmaf(c, v[m][e], part[m]);
+          }
+#pragma unroll
+          for (int m = 0; m < M; ++m) acc[i][m] = fmaf(scale, part[m], acc[i][m]);
+        }
       }
     }
     now = next;

@@ -8,6 +8,7 @@ grids included, except for its assembler and its binding to PyTorch.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -80,13 +81,15 @@ def _compile(folder: Path, library: Path, toolkit: cuda_toolkit.Toolkit) -> None
 
 
 class Emulator:
-    """Calls launchers; `log` has a ptxsim report for each launch of the last call."""
+    """Calls launchers; `log` has a ptxsim report for each launch of the last call, `accesses` its loads and stores."""
 
     def __init__(self, library: Path, ptx: dict[str, str], ptxsim: Any) -> None:
         self.library = ctypes.CDLL(str(library))
         self.ptxsim = ptxsim
         self.modules = {name: ptxsim.parser.parse(text) for name, text in ptx.items()}
         self.ptx, self.log, self.tensors, self.failure = ptx, [], [], None
+        self.sectors = importlib.import_module("sectors")  # of tools/; imports the emulator
+        self.accesses: list[list[dict[str, Any]]] = []
         launch = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint),
             ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t,
@@ -102,15 +105,26 @@ class Emulator:
             for parameter, address in zip(self.modules[source].kernels[entry].params, arguments):
                 raw = ctypes.string_at(address, parameter.size)
                 values.append(self._pointer(int.from_bytes(raw, "little")) if parameter.size == 8 else raw)
-            report = self.ptxsim.launch(
-                self.ptx[source], tuple(grid[:3]), values, block=tuple(block[:3]), name=entry, shared=shared,
-                racecheck=True,
-            )  # fmt: skip
+            with self.sectors.watching() as seen:
+                report = self.ptxsim.launch(
+                    self.ptx[source], tuple(grid[:3]), values, block=tuple(block[:3]), name=entry, shared=shared,
+                    racecheck=True,
+                )  # fmt: skip
             self.log.append(report)
+            self.accesses.append(self._rows(seen))
         except BaseException as error:  # an exception cannot pass through C++
             self.failure = error
             return 1
         return 0
+
+    def _rows(self, seen: dict[tuple[str, str, int], Any]) -> list[dict[str, Any]]:
+        """A row of tools/sectors.py for the loads and one for the stores of each argument."""
+        kinds = {(kind, argument) for kind, argument, _ in seen}
+        return [
+            {"kind": kind, "argument": argument}
+            | self.sectors.row_of([access for key, access in seen.items() if key[:2] == (kind, argument)])
+            for kind, argument in sorted(kinds)
+        ]
 
     def _pointer(self, value: int) -> Any:
         """The tensor's memory from that address on; a number that is no address (a 64-bit size) stays one."""
@@ -123,7 +137,7 @@ class Emulator:
 
     def call(self, name: str, *arguments: Any, tensors: list[torch.Tensor | None]) -> int:
         """The launcher's answer. `tensors`: all memory that its kernels may touch."""
-        self.log, self.failure = [], None
+        self.log, self.accesses, self.failure = [], [], None
         self.tensors = [t for t in tensors if t is not None]
         passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
         result = getattr(self.library, name)(*passed)

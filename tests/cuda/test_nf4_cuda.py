@@ -184,8 +184,7 @@ def test_tensor_core_kernels_read_whole_sectors(emulator):
     w, dy = make(512, 256), torch.randn(32, 512).to(BF16)
     emulator.backward(dy, w)
     (backward,) = emulator.log
-    # A row's four scales in eight bits are an eighth of the sector that they lie in.
-    assert backward.coalescing >= 0.94
+    assert backward.coalescing >= 0.95
     emulator.backward(torch.randn(2, 64), make(64, 256), cores=False)
     (plain,) = emulator.log
     assert plain.bank_conflicts <= 0.12 * plain.shared_wavefronts, plain
@@ -194,6 +193,36 @@ def test_tensor_core_kernels_read_whole_sectors(emulator):
     for report in (forward, backward, dequantize):
         assert report.bank_conflicts <= 0.12 * report.shared_wavefronts, report
     assert dequantize.store_efficiency == 1.0
+
+
+def new(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+LAUNCHES = {
+    "dequantize": lambda e: e.dequantize(make(8, 4096), torch.empty(8, 4096, dtype=BF16)),
+    "gemv": lambda e: e.gemv(new(1, 4096).to(BF16), make(16, 4096)),
+    "gemv fp32": lambda e: e.gemv(new(1, 4096), make(16, 4096), new(16), new(1, 16), new(16, 16)),
+    "gemm": lambda e: e.gemm(new(8, 2048).to(BF16), make(128, 2048), None, new(8, 16), new(128, 16)),
+    "backward": lambda e: e.backward(new(8, 512).to(BF16), make(512, 512), new(8, 16), new(16, 512)),
+    "backward without tensor cores": lambda e: e.backward(
+        new(4, 256), make(256, 512), new(4, 16), new(16, 512), cores=False
+    ),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_sectors_are_used_or_moved_once(emulator, launch):
+    """As tests/ptxsim/test_coalesced.py has it for the Triton kernels."""
+    LAUNCHES[launch](emulator)
+    for accesses in emulator.accesses:
+        for kind in ("load", "store"):
+            rows = [row for row in accesses if row["kind"] == kind]
+            moved = sum(row["moved"] for row in rows)
+            shares = [sum(row["moved"] * min(row[of], 1.0) for row in rows) / moved for of in ("used", "once")]
+            assert max(shares) >= 0.95, rows
+            for row in rows:
+                assert max(row["used"], row["once"]) >= 0.95 or row["moved"] <= 0.05 * moved, row
 
 
 @pytest.mark.parametrize("target", [80, 90, 100, 120])
