@@ -20,30 +20,6 @@ bool same_kernel_dtype(std::initializer_list<const Tensor*> tensors) {
   return true;
 }
 
-// (..., columns) as a matrix; the tensor is contiguous.
-Matrix flat(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() > 0 && t.is_cpu(), name, " must be on the CPU and have a dimension");
-  const int64_t columns = t.size(t.dim() - 1);
-  Matrix m = {t.data_ptr(), columns > 0 ? t.numel() / columns : 0, columns, columns, DType::f32};
-  const ScalarType type = t.scalar_type();
-  if (type != ScalarType::Float) m.dtype = type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-  return m;
-}
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// An empty tensor of t's leading dimensions and `columns`.
-Tensor with_columns(const Tensor& t, int64_t columns) {
-  int64_t sizes[64], strides[64], stride = 1;
-  const int64_t dim = t.dim();
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    sizes[i] = i == dim - 1 ? columns : t.size(i);
-    strides[i] = stride;
-    stride *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  return empty(dim, sizes, strides, t);
-}
-
 bool rows_contiguous(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1; }
 
 Tensor lora_linear_small(

@@ -161,6 +161,60 @@ Tensor linear_4bit(
   return y;
 }
 
+// Without threads: what is given to it takes a microsecond.
+void run_here(int64_t n, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (n > 0) body(0, n, context);
+}
+
+Tensor lora_linear_4bit(
+    const Tensor& x_in,
+    const Tensor& packed_weight,
+    const Tensor& absmax_in,
+    const Tensor& code,
+    const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& offset,
+    int64_t blocksize,
+    int64_t nested_blocksize,
+    int64_t rows,
+    const std::optional<Tensor>& bias_in,
+    const Tensor& a_in,
+    const Tensor& b_in,
+    double scaling
+) {
+  if (!have_kernels({&x_in, &a_in, &b_in}) || !have_kernels_if_given({&bias_in})) {
+    auto stack = boxed(
+        x_in, packed_weight, absmax_in, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows,
+        bias_in, a_in, b_in, scaling
+    );
+    call_reference("fastpeft_reference::lora_linear_4bit", stack);
+    return taken(stack[0]);
+  }
+  const Tensor x = packed(x_in), a = readable(a_in), b = readable(b_in);
+  const Tensor absmax = scales_of(absmax_in, nested_code.has_value());
+  const Matrix xm = flat(x, "x"), am = matrix(a, "A"), bm = matrix(b, "B");
+  const Packed w = weight(
+      packed_weight, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows, xm.columns
+  );
+  STD_TORCH_CHECK(
+      am.columns == xm.columns && bm.rows == rows && bm.columns == am.rows, "A must be (r, ", xm.columns, ") and B (",
+      rows, ", r)"
+  );
+  Matrix bias = nothing;
+  Tensor added = x;
+  if (bias_in.has_value() && rows > 0) {
+    added = torch::stable::contiguous(*bias_in);
+    bias = bias_row(added, rows);
+  }
+  std::vector<float> s(static_cast<size_t>(xm.rows * am.rows));
+  const Matrix sm = {s.empty() ? nullptr : s.data(), xm.rows, am.rows, am.rows, DType::f32};
+  fastpeft::kernels().linear_rows.forward(xm, am, nothing, sm, run_here);
+  for (float& each : s) each *= static_cast<float>(scaling);
+  const Tensor y = with_columns(x, rows);
+  fastpeft::kernels().nf4.forward(xm, w, bias, sm, bm, flat(y, "y"), run_parallel);
+  return y;
+}
+
 Tensor linear_4bit_backward(
     const Tensor& dy_in,
     const Tensor& packed,
@@ -223,6 +277,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_in, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
   m.impl("dequantize_4bit_", TORCH_BOX(&dequantize_4bit_));
   m.impl("linear_4bit", TORCH_BOX(&linear_4bit));
+  m.impl("lora_linear_4bit", TORCH_BOX(&lora_linear_4bit));
   m.impl("linear_4bit_backward", TORCH_BOX(&linear_4bit_backward));
   m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit));
 }

@@ -93,6 +93,36 @@ static void rows_of(
   for (; i < m; ++i) tile<NR, 1, false, T>(w, w_row, k, x + i * x_row, x_row, 0, out + i * out_row, out_row);
 }
 
+// Bytes from which a weight is no cache's: it is read past them, so that what they hold, the other weights and the
+// program, stays there. A decoded token's head takes 2.0 ms so and 2.5 as a tile (113 MB, two threads of a Zen 4).
+constexpr int64_t PAST_CACHES = 16 << 20;
+
+// out[r] = x . w_r for one row of x and rows of w one after the other, as they lie.
+template <typename T>
+static void stream(const T* w, int64_t w_row, int64_t rows, int64_t k, const float* x, float* out) {
+  constexpr int64_t AHEAD = 8192 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r, w += w_row) {
+    Vec whole = zero();
+    for (int64_t j = 0; j < k;) {
+      Vec sum[4] = {zero(), zero(), zero(), zero()};
+      const int64_t end = smaller(k, j + 4 * RUN * W);
+      for (; j + 4 * W <= end; j += 4 * W) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          sum[v] = fma(load(w + j + v * W), load(x + j + v * W), sum[v]);
+          if (v % (64 / (W * int(sizeof(T)))) == 0) __builtin_prefetch(w + j + v * W + AHEAD, 0, 0);
+        }
+      }
+      for (; j < end; j += W) {
+        const int n = int(smaller(W, end - j));
+        sum[0] = fma(load_some(w + j, n), load(x + j), sum[0]);
+      }
+      whole = add(whole, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+    }
+    out[r] = total(whole);
+  }
+}
+
 template <typename T>
 static void product(
     const View& x, int64_t m, const Matrix& w, const Matrix& bias, const Matrix& y, ParallelFor run
@@ -109,6 +139,10 @@ static void product(
       const int64_t first = task * ROWS, rows = smaller(ROWS, n - first);
       const T* from = data + first * w.stride;
       int64_t i = 0;
+      if (m == 1 && n * w.stride * int64_t(sizeof(T)) > PAST_CACHES) {
+        stream<T>(from, w.stride, rows, k, x.data, sums.data);
+        i = rows;
+      }
       for (; i + R <= rows; i += R) {
         rows_of<R, T>(from + i * w.stride, w.stride, k, x.data, x.stride, m, ahead, sums.data + i, ROWS);
       }

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import decisions, gemm, native, philox, steps
 from .backend import OPS, autocast_enabled, exact, route
 from .lora_linear import check, rows_of, shaped
+from .lora_linear_4bit import lora_linear_4bit
 from .nf4 import DTYPES, Weight4bit, dequantize_4bit
 
 _own = threading.local()
@@ -43,6 +44,10 @@ def nf4_linear(
 
     Raises ValueError on shapes that do not fit, on r > 512 and on dropout_p outside [0, 1].
     """
+    if lora_A is not None and lora_B is not None and dropout_p == 0.0:
+        y = lora_linear_4bit(x, weight, bias, lora_A, lora_B, scaling)
+        if y is not None:
+            return y
     if x.dim() == 0 or x.shape[-1] != weight.columns:
         raise ValueError(
             f"nf4_linear: weight {tuple(weight.shape)} needs an input (..., {weight.columns}), got {tuple(x.shape)}"

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers.dora import DoraCaching
-from ..ops import dora_linear, lora_linear
+from ..ops import dora_linear, lora_linear, nf4_linear
 from ..ops.backend import autocast_enabled
 from ..ops.nf4 import DTYPES, Weight4bit
 from .reading import Operands, Reading, Unsupported, check_base, hooks_of, read_lora
@@ -97,6 +97,8 @@ class LoraForward(Forward):
         if self.reading.dora:
             weight, bias, A, B, scaling, p = operands
             return dora_linear(x, weight, bias, A, B, self.reading.magnitude, scaling, p)  # type: ignore[arg-type]
+        if type(operands[0]) is Weight4bit:
+            return nf4_linear(x, *operands)
         return lora_linear(x, *operands)  # type: ignore[arg-type]
 
     def operands(self) -> Operands | None:

@@ -58,6 +58,13 @@ def test_each_instruction_set(isa, shape, dtype):
         assert_right(*shape, dtype, bias, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_beyond_the_caches(isa, dtype):
+    torch.manual_seed(0)
+    columns = 523 if dtype is torch.float32 else 1045
+    assert_right(1, columns, 8300, dtype, True, 2)
+
+
 @needs_extension
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
