@@ -73,6 +73,21 @@ def test_values(on_device: bool, dtype: torch.dtype, counts: list[int], r: int, 
     assert not ours[0][sum(counts) :].any() and not ours[1][sum(counts) :].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_whichever_product_an_expert_takes(dtype: torch.dtype, transposed: bool) -> None:
+    """By its rows: `linear_rows`, the vendor's product or ours."""
+    x, weight, *rest = operands([3, 40, 130], 264, 256, 8, dtype)
+    weight = weight.contiguous() if transposed else weight
+    wide = [
+        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in (x, weight, *rest)
+    ]
+    magnitude = results(reference, *(t.abs() if t.is_floating_point() else t for t in wide))
+    found = (results(f, x, weight, *rest) for f in (lora_experts, reference))
+    for mine, other, truth, size in zip(*found, results(reference, *wide), magnitude):
+        no_worse(mine, other, truth, size)
+
+
 def test_nothing_as_large_as_the_stack_is_made_or_kept() -> None:
     from fastpeft.measure import LiveMemory, SavedActivations
 
