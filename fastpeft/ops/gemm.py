@@ -61,9 +61,8 @@ def addmm_(backend: str, y: Tensor, a: Tensor, b: Tensor, gain: Tensor | None = 
 
 def linear(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x (M, K) times weight (N, K) transposed, plus bias (N)."""
-    if few(backend, x, weight):
-        y = OPS["auto"].linear_rows(x, weight, bias)
-        return y if out is None else out.copy_(y)
+    if out is None and few(backend, x, weight):
+        return OPS["auto"].linear_rows(x, weight, bias)
     wide = weight.t()
     if not ours(backend, x, wide):
         if out is None:

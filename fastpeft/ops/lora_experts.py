@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm, steps
-from .backend import exact, route
-from .linear_rows import few_rows
+from .backend import OPS, exact, route
+from .linear_rows import few
 from .lora_linear import rows_of
 from .products import MAX_RANK
 
@@ -163,7 +163,9 @@ def _backward(
 
 def _product(backend: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """x (M, K) times weight (N, K) transposed, into `out`."""
-    if few_rows(x.dtype) < x.shape[0] < _ROWS:
+    if few(backend, x, weight):
+        return out.copy_(OPS["auto"].linear_rows(x, weight, None))
+    if x.shape[0] < _ROWS:
         return torch.mm(x, weight.t(), out=out)
     return gemm.linear(backend, x, weight, None, out=out)
 
