@@ -14,6 +14,7 @@ from fastpeft.layers.init import make_linear
 from fastpeft.layers.lora import LoraLayer, low_rank_product
 from fastpeft.layers.swap import swapped
 from fastpeft.layers.weight_sum import WeightSum
+from fastpeft.ops.backend import exact
 
 
 class ParamWrapper(LoraLayer, nn.Module):
@@ -158,7 +159,7 @@ class ParamWrapper(LoraLayer, nn.Module):
             # One product that ends in the sum: no delta as large as the experts. Not under autocast, which would change
             # the parameter's dtype.
             left, right, scaling = self.get_delta_factors(names[0])
-            with torch.autocast(parameter.device.type, enabled=False):
+            with exact(parameter.device):
                 return torch.baddbmm(parameter, left, right, alpha=scaling)
         delta = functools.reduce(operator.add, map(self.get_delta_weight, names))
         if not _is_narrow(parameter):

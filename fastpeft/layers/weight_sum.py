@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..ops.backend import autocast_enabled
+from ..ops.backend import autocast_enabled, exact
 from ..ops.deferred import Deferred
 from ..ops.lora_experts import GROUPED_MM, lora_experts
 from ..ops.lora_linear import lora_linear
@@ -40,6 +40,7 @@ class WeightSum(Deferred):
     """
 
     kept: ClassVar[dict[Callable[..., Any], Any]] = {}
+    advice: ClassVar[str] = "take a copy of the parameter (.clone()) where the module's forward uses it"
 
     terms: _Terms
 
@@ -79,11 +80,9 @@ class WeightSum(Deferred):
             or (left.shape[:-1], right.shape[-1]) != (weight.shape[:-1], weight.shape[-1])
             or _summed
             or not weight.device == left.device == right.device
-            or weight.is_meta
             or (weight.requires_grad and torch.is_grad_enabled())
             or not 1 <= left.shape[-1] <= MAX_RANK
             or not isinstance(scaling, int | float)
-            or weight.is_inference()
         ):
             return None
         return _of(_Terms(weight, _unit_stride(left), _unit_stride(right), float(scaling), note))
@@ -111,7 +110,7 @@ class _Terms:
     def value(self) -> Tensor:
         """The sum."""
         self.by("sum")
-        with torch.autocast(self.weight.device.type, enabled=False):  # which would change the weight's dtype
+        with exact(self.weight.device):  # autocast would change the weight's dtype
             if self.weight.dim() == 3:
                 return torch.baddbmm(self.weight, self.left, self.right, alpha=self.scaling)
             if self.left.dtype is self.weight.dtype:
@@ -144,7 +143,8 @@ class _Terms:
 
 def _of(terms: _Terms) -> Any:
     weight = terms.weight
-    made: Any = WeightSum(terms.value, weight.shape, weight.dtype, weight.device, (weight, terms.left, terms.right))
+    inputs = [t for t in (weight, terms.left, terms.right) if not t.is_inference()]  # copies of this call; no versions
+    made: Any = WeightSum(terms.value, weight.shape, weight.dtype, weight.device, inputs)
     made.terms = terms
     return made
 

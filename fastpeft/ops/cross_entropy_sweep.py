@@ -29,7 +29,9 @@ def tile_shape(rows: int, columns: int, device: str) -> tuple[int, int]:
     most = min(rows, _ROWS.get(device, 8192))
     wide = _ELEMENTS.get(device, 1 << 25) // max(most, 1) // 64 * 64
     if device == "cpu" and wide % 1024 == 0:
-        wide -= 64  # fp32 rows whole pages apart lie in the same few sets of the first cache: 2 % of both products' time
+        wide -= (
+            64  # fp32 rows whole pages apart lie in the same few sets of the first cache: 2 % of both products' time
+        )
     return most, min(columns, max(_COLUMNS[0], min(_COLUMNS[1], wide)))
 
 

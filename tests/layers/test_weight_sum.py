@@ -127,6 +127,10 @@ def test_modes(use: str) -> None:
     with torch.inference_mode():
         y = PRODUCTS[use](WeightSum.of(weight, left, right, C))
         torch.testing.assert_close(y, PRODUCTS[use](dense(weight, left, right)), rtol=1e-4, atol=1e-4)
+        columns = left.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as PEFT keeps B: copied here
+        other: Any = WeightSum.of(weight, columns, right, C)
+        torch.testing.assert_close(PRODUCTS[use](other), y, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other.sum(), dense(weight, left, right).sum(), rtol=1e-4, atol=1e-3)
     lent, made = WeightSum.of(weight, left, right, C), dense(weight, left, right)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = PRODUCTS[use](lent), PRODUCTS[use](made)

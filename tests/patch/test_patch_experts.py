@@ -216,6 +216,18 @@ def test_generation_copies_and_pickles(library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", ["mixtral", "mixtral, eager", "mixtral, batched", "gpt_oss", "llama4"])
+def test_inference_mode(name: str, library: str) -> None:
+    """In which copies of the factors have no version."""
+    model = patch(model_of(name, library)).eval()
+    batch = {"input_ids": inputs_of(model)["input_ids"]}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_autocast(library: str) -> None:
     """Mean square errors of several draws against fp32 are no more than twice PEFT's."""
     errors: dict[str, list[float]] = {}
@@ -255,6 +267,17 @@ def test_compile_makes_the_sum(library: str) -> None:
     compiled = torch.compile(experts, backend="eager")
     torch.testing.assert_close(compiled(x, index, weights), expected, rtol=1e-4, atol=1e-5)
     assert model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_meta_device_counts_no_sum(library: str) -> None:
+    """Where memory is estimated without a model's weights."""
+    with torch.device("meta"):
+        model = patch(model_of("mixtral", library, dtype=torch.bfloat16), verify=False, loss="never")
+        ids = torch.zeros(1, 6, dtype=torch.long)
+    with Largest() as largest:
+        model(input_ids=ids).logits.sum().backward()
+    assert largest.elements < 4 * 64 * 80
 
 
 class Whole(nn.Module):
