@@ -40,10 +40,10 @@ inline bool have_kernels(std::initializer_list<const Tensor*> tensors) {
 }
 
 // Of a tensor that has_kernel.
-inline DType dtype_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
+inline DType dtype_of(ScalarType type) {
   return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 inline Matrix matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must be a matrix, got ", t.dim(), " dimensions");
@@ -60,9 +60,7 @@ inline Tensor readable(const Tensor& t) {
 // A contiguous vector of n elements as a matrix of one row.
 inline Matrix bias_row(const Tensor& t, int64_t n) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == n, "bias must be (", n, ") on the CPU");
-  const ScalarType type = t.scalar_type();
-  const DType dtype = type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-  return {t.data_ptr(), 1, n, n, dtype};
+  return {t.data_ptr(), 1, n, n, dtype_of(t)};
 }
 
 // An empty CPU tensor of t's dtype. Not by way of the dispatcher, as new_empty: that takes a microsecond more.

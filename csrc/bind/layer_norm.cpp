@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_shrink_backward(
   const Tensor dweight = weight.gradient(x, need_weight), dbias = bias.gradient(x, need_bias);
   const Norm norm = norm_of(weight, bias, 0, offset, xm, mean, rstd);
   fastpeft::kernels().layer_norm.shrink_backward(
-      norm, dym, dsm, xm, kind(out_dtype), am, owned.group, need_dx ? matrix(dx, "dx") : NONE, matrix(da, "dA"),
+      norm, dym, dsm, xm, dtype_of(out_dtype), am, owned.group, need_dx ? matrix(dx, "dx") : NONE, matrix(da, "dA"),
       row(dweight, weight.m), row(dbias, bias.m), run_parallel
   );
   return {dx, da, dweight, dbias};

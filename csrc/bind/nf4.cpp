@@ -1,5 +1,5 @@
 // fastpeft/ops/nf4.py on the CPU.
-#include "bind.h"
+#include "storage_4bit.h"
 
 namespace {
 
@@ -25,59 +25,22 @@ std::optional<Tensor> readable_if_given(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(readable(*t)) : t;
 }
 
-const float* floats(const Tensor& t, int64_t least, const char* name) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Float && t.is_cpu() && t.is_contiguous() && t.numel() >= least, name, " must have ",
-      least, " contiguous fp32 values on the CPU"
-  );
-  return static_cast<const float*>(t.data_ptr());
-}
-
 // Contiguous absmax in fp32, or in uint8 where scales are nested.
 Tensor scales_of(const Tensor& absmax, bool nested) {
   if (nested || absmax.scalar_type() == ScalarType::Float) return torch::stable::contiguous(absmax);
   return torch::stable::contiguous(torch::stable::to(absmax, ScalarType::Float));
 }
 
-Packed weight(
-    const Tensor& packed,
-    const Tensor& absmax,
-    const Tensor& code,
-    const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& nested_absmax,
-    const std::optional<Tensor>& offset,
-    int64_t blocksize,
-    int64_t nested_blocksize,
-    int64_t rows,
-    int64_t columns
-) {
-  STD_TORCH_CHECK(
-      blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
-      "blocksize must be a power of two from 32 to 4096, got ", blocksize
-  );
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0, "the weight must not have a negative size");
-  const int64_t n = rows * columns, blocks = (n + blocksize - 1) / blocksize;
-  STD_TORCH_CHECK(
-      packed.scalar_type() == ScalarType::Byte && packed.is_cpu() && packed.is_contiguous() &&
-          packed.numel() >= (n + 1) / 2,
-      "packed must have ", (n + 1) / 2, " contiguous bytes on the CPU for a weight (", rows, ", ", columns, ")"
-  );
-  STD_TORCH_CHECK(absmax.numel() >= blocks && absmax.is_cpu(), "absmax must have ", blocks, " values on the CPU");
-  int64_t shift = 0;
-  while (int64_t(1) << shift < blocksize) ++shift;
+Packed weight(const Storage4bit& s, int64_t rows, int64_t columns) {
+  check_storage(s, rows, columns, {});
   Packed w = {
-      static_cast<const uint8_t*>(packed.data_ptr()), absmax.data_ptr(), floats(code, 16, "code"), nullptr, nullptr, 0,
-      nested_blocksize, shift, rows, columns
+      static_cast<const uint8_t*>(s.packed.data_ptr()), s.absmax.data_ptr(), static_cast<const float*>(s.code.data_ptr()),
+      nullptr, nullptr, 0, s.nested_blocksize, log2_of(s.blocksize), rows, columns
   };
-  if (nested_code.has_value()) {
-    STD_TORCH_CHECK(
-        nested_absmax.has_value() && offset.has_value() && nested_blocksize > 0,
-        "nested scales need nested_code, nested_absmax, offset and nested_blocksize"
-    );
-    STD_TORCH_CHECK(absmax.scalar_type() == ScalarType::Byte, "absmax must be uint8 where scales are nested");
-    w.nested_code = floats(*nested_code, 256, "nested_code");
-    w.nested_absmax = floats(*nested_absmax, (blocks + nested_blocksize - 1) / nested_blocksize, "nested_absmax");
-    w.offset = *floats(*offset, 1, "offset");
+  if (s.nested()) {
+    w.nested_code = static_cast<const float*>(s.nested_code->data_ptr());
+    w.nested_absmax = static_cast<const float*>(s.nested_absmax->data_ptr());
+    w.offset = *static_cast<const float*>(s.offset->data_ptr());
   }
   return w;
 }
@@ -105,14 +68,10 @@ void dequantize_4bit_(
     return;
   }
   const Matrix om = matrix(out, "out");
-  STD_TORCH_CHECK(
-      row >= 0 && column >= 0 && column + om.columns <= columns, "columns ", column, " to ", column + om.columns,
-      " are not all among the weight's ", columns
-  );
+  check_panel(row, column, om.columns, columns);
   const Tensor absmax = scales_of(absmax_in, nested_code.has_value());
-  const Packed w = weight(
-      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, row + om.rows, columns
-  );
+  const Storage4bit s = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
+  const Packed w = weight(s, row + om.rows, columns);
   fastpeft::kernels().nf4.dequantize(w, row, column, om, run_parallel);
 }
 
@@ -142,14 +101,9 @@ Tensor linear_4bit(
   const Tensor x = readable(x_in), absmax = scales_of(absmax_in, nested_code.has_value());
   const std::optional<Tensor> s = readable_if_given(s_in), b = readable_if_given(b_in);
   const Matrix xm = matrix(x, "x"), sm = matrix_or_nothing(s, "s"), bm = matrix_or_nothing(b, "B");
-  const Packed w = weight(
-      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows, xm.columns
-  );
-  STD_TORCH_CHECK(s.has_value() == b.has_value(), "s and B must both be given or both be None");
-  STD_TORCH_CHECK(
-      sm.data == nullptr || (sm.rows == xm.rows && bm.rows == rows && bm.columns == sm.columns),
-      "s must be (", xm.rows, ", r) and B (", rows, ", r)"
-  );
+  const Packed w =
+      weight({packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize}, rows, xm.columns);
+  check_rim(s, b, false, xm.rows, rows, "s and B");
   Matrix bias = nothing;
   Tensor added = x;
   if (bias_in.has_value() && rows > 0) {
@@ -241,13 +195,9 @@ Tensor linear_4bit_backward(
   const std::optional<Tensor> ds = readable_if_given(ds_in), a = readable_if_given(a_in);
   const Matrix dym = matrix(dy, "dy"), dsm = matrix_or_nothing(ds, "ds"), am = matrix_or_nothing(a, "A");
   const Packed w = weight(
-      packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, dym.columns, columns
+      {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize}, dym.columns, columns
   );
-  STD_TORCH_CHECK(ds.has_value() == a.has_value(), "ds and A must both be given or both be None");
-  STD_TORCH_CHECK(
-      dsm.data == nullptr || (dsm.rows == dym.rows && am.rows == dsm.columns && am.columns == columns), "ds must be (",
-      dym.rows, ", r) and A (r, ", columns, ")"
-  );
+  check_rim(ds, a, true, dym.rows, columns, "ds and A");
   const Tensor dx = like(dy, dym.rows, columns);
   fastpeft::kernels().nf4.backward(dym, w, dsm, am, matrix(dx, "dx"), run_parallel);
   return dx;
@@ -266,7 +216,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight_in, const Tensor& 
   const Tensor packed = torch::stable::new_empty(w, {(n + 1) / 2}, ScalarType::Byte);
   const Tensor absmax = torch::stable::new_empty(w, {(n + blocksize - 1) / blocksize}, ScalarType::Float);
   fastpeft::kernels().nf4.quantize(
-      wm, floats(code_in, 16, "code"), blocksize, static_cast<uint8_t*>(packed.data_ptr()),
+      wm, floats(code_in, 16, "code", {}), blocksize, static_cast<uint8_t*>(packed.data_ptr()),
       static_cast<float*>(absmax.data_ptr()), run_parallel
   );
   return {packed, absmax};

@@ -10,10 +10,6 @@ inline bool has_kernel(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
-inline DType kind(ScalarType type) {
-  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-}
-
 inline bool has_kernel(const std::optional<Tensor>& t) { return !t.has_value() || has_kernel(*t); }
 
 inline std::optional<Tensor> readable(const std::optional<Tensor>& t) {
@@ -27,7 +23,7 @@ struct __attribute__((visibility("hidden"))) Parameter {
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == k, name, " must be a vector of ", k, " elements");
     STD_TORCH_CHECK(t->is_cpu(), name, " must be on the CPU, as the other operands are");
     owner = t->stride(0) == 1 ? *t : torch::stable::contiguous(*t);
-    m = {owner->data_ptr(), 1, k, k, kind(t->scalar_type())};
+    m = {owner->data_ptr(), 1, k, k, dtype_of(*t)};
   }
   // Of the same length and dtype, if it is wanted; else empty.
   Tensor gradient(const Tensor& like, bool wanted) const {

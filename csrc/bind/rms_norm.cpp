@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_shrink_backward(
   const Tensor da = like(a, am.rows, am.columns), dweight = weight.gradient(x, need_weight);
   const Norm norm = norm_of(weight, 0, offset, statistic(rstd, xm.rows, "rstd"));
   fastpeft::kernels().rms_norm.shrink_backward(
-      norm, dym, dsm, xm, kind(out_dtype), am, owned.group, need_dx ? matrix(dx, "dx") : NONE, matrix(da, "dA"),
+      norm, dym, dsm, xm, dtype_of(out_dtype), am, owned.group, need_dx ? matrix(dx, "dx") : NONE, matrix(da, "dA"),
       row(dweight, weight.m), NONE, run_parallel
   );
   return {dx, da, dweight};

@@ -9,11 +9,6 @@ using fastpeft::Heads;
 using fastpeft::RopeCall;
 using Maybe = std::optional<Tensor>;
 
-DType dtype_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
-}
-
 Tensor readable_heads(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
 }

@@ -23,6 +23,23 @@ namespace cuda {
 #define FASTPEFT_WEIGHT_ARGUMENTS(w) \
   w.packed, w.small, w.absmax, w.code, w.nested_code, w.nested_absmax, w.offset, w.block_shift, w.nested_shift
 
+// body(Type<T>()) with the type of a dtype's elements.
+template <typename T>
+struct Type {
+  using type = T;
+};
+template <typename Body>
+cudaError_t with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::bf16:
+      return body(Type<__nv_bfloat16>());
+    case DType::f16:
+      return body(Type<__half>());
+    default:
+      return body(Type<float>());
+  }
+}
+
 template <typename T>
 __device__ inline T from_float(float v);
 template <>

@@ -118,14 +118,9 @@ cudaError_t launch(const Weight4bit& w, const Matrix& out, int64_t row, int64_t 
 
 cudaError_t dequantize_4bit(const Weight4bit& w, const Matrix& out, int64_t row, int64_t column, cudaStream_t stream) {
   if (out.rows == 0 || out.columns == 0) return cudaSuccess;
-  switch (out.dtype) {
-    case DType::bf16:
-      return launch<__nv_bfloat16>(w, out, row, column, stream);
-    case DType::f16:
-      return launch<__half>(w, out, row, column, stream);
-    default:
-      return launch<float>(w, out, row, column, stream);
-  }
+  return with_dtype(out.dtype, [&](auto of) {
+    return launch<typename decltype(of)::type>(w, out, row, column, stream);
+  });
 }
 
 cudaError_t probe() {

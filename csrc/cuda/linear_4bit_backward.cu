@@ -192,14 +192,9 @@ cudaError_t linear_4bit_backward_plain(
     const Matrix& dy, const Weight4bit& w, const Rim& rim, const Matrix& dx, float* work, int parts, cudaStream_t stream
 ) {
   if (dx.rows == 0 || dx.columns == 0) return cudaSuccess;
-  switch (dy.dtype) {
-    case DType::bf16:
-      return choose<__nv_bfloat16>(dy, w, rim, dx, work, parts, stream);
-    case DType::f16:
-      return choose<__half>(dy, w, rim, dx, work, parts, stream);
-    default:
-      return choose<float>(dy, w, rim, dx, work, parts, stream);
-  }
+  return with_dtype(dy.dtype, [&](auto of) {
+    return choose<typename decltype(of)::type>(dy, w, rim, dx, work, parts, stream);
+  });
 }
 
 }  // namespace cuda

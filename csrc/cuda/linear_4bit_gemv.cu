@@ -198,14 +198,9 @@ cudaError_t linear_4bit_gemv(
     cudaStream_t stream
 ) {
   if (y.rows == 0 || y.columns == 0) return cudaSuccess;
-  switch (x.dtype) {
-    case DType::bf16:
-      return choose<__nv_bfloat16>(x, w, bias, rim, y, multiprocessors, stream);
-    case DType::f16:
-      return choose<__half>(x, w, bias, rim, y, multiprocessors, stream);
-    default:
-      return choose<float>(x, w, bias, rim, y, multiprocessors, stream);
-  }
+  return with_dtype(x.dtype, [&](auto of) {
+    return choose<typename decltype(of)::type>(x, w, bias, rim, y, multiprocessors, stream);
+  });
 }
 
 }  // namespace cuda

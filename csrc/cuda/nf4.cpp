@@ -1,6 +1,6 @@
 // fastpeft/ops/nf4.py on NVIDIA GPUs. What the kernels do not take goes to the operator that Python names (`fallback`):
 // Triton's where there is one for the GPU, else the reference.
-#include "bind/bind.h"
+#include "bind/storage_4bit.h"
 #include "kernels.h"
 #include "runtime.h"
 
@@ -13,78 +13,35 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kGemvRows = 4;  // up to so many rows of x, reading W takes longer than multiplying
 
-// The storage's arguments as every operator of ops/nf4.py has them.
-struct Storage {
-  const Tensor &packed, &absmax, &code;
-  const std::optional<Tensor>&nested_code, &nested_absmax, &offset;
-  int64_t blocksize, nested_blocksize;
-};
-
-bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
-
-int log2_of(int64_t n) {
-  int shift = 0;
-  while ((int64_t(1) << shift) < n) ++shift;
-  return shift;
-}
-
-bool plain(const Tensor& t, ScalarType type) { return t.scalar_type() == type && t.is_contiguous(); }
-
 // Whether the kernels read such a storage at all.
-bool readable_storage(const Storage& s) {
+bool readable_storage(const Storage4bit& s) {
+  const auto plain = [](const Tensor& t, ScalarType type) { return t.scalar_type() == type && t.is_contiguous(); };
   if (!plain(s.packed, ScalarType::Byte) || !plain(s.code, ScalarType::Float) || s.code.numel() != 16) return false;
-  if (!is_power_of_two(s.blocksize)) return false;
-  if (!s.nested_code.has_value()) return plain(s.absmax, ScalarType::Float);
+  if (s.blocksize < 32 || s.blocksize > 4096 || !is_power_of_two(s.blocksize)) return false;
+  if (!s.nested()) return plain(s.absmax, ScalarType::Float);
   return plain(s.absmax, ScalarType::Byte) && plain(*s.nested_code, ScalarType::Float) &&
          s.nested_code->numel() == 256 && s.nested_absmax.has_value() && plain(*s.nested_absmax, ScalarType::Float) &&
          s.offset.has_value() && plain(*s.offset, ScalarType::Float) && is_power_of_two(s.nested_blocksize);
 }
 
-const float* floats(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<const float*>(t->data_ptr()) : nullptr;
-}
-
-Weight4bit weight(const Storage& s, int64_t rows, int64_t columns, int device) {
-  for (const Tensor* t : {&s.packed, &s.absmax, &s.code}) {
-    STD_TORCH_CHECK(
-        t->is_cuda() && t->get_device_index() == device, "the 4-bit weight must be on GPU ", device, ", as its input is"
-    );
-  }
-  for (const std::optional<Tensor>* t : {&s.nested_code, &s.nested_absmax, &s.offset}) {
-    STD_TORCH_CHECK(
-        !t->has_value() || ((*t)->is_cuda() && (*t)->get_device_index() == device), "the nested scales must be on GPU ",
-        device, ", as the input is"
-    );
-  }
-  const int64_t elements = rows * columns, blocks = (elements + s.blocksize - 1) / s.blocksize;
-  STD_TORCH_CHECK(
-      s.packed.numel() >= (elements + 1) / 2 && s.absmax.numel() >= blocks, "a 4-bit weight (", rows, ", ", columns,
-      ") in blocks of ", s.blocksize, " takes ", (elements + 1) / 2, " bytes and ", blocks, " scales, got ",
-      s.packed.numel(), " and ", s.absmax.numel()
-  );
-  const bool nested = s.nested_code.has_value();
-  STD_TORCH_CHECK(
-      !nested || s.nested_absmax->numel() * s.nested_blocksize >= blocks, blocks, " scales in blocks of ",
-      s.nested_blocksize, " need more than ", nested ? s.nested_absmax->numel() : 0, " nested scales"
-  );
+Weight4bit weight(const Storage4bit& s, int64_t rows, int64_t columns, int device) {
+  check_storage(s, rows, columns, {device});
+  const auto data = [](const std::optional<Tensor>& t) {
+    return t.has_value() ? static_cast<const float*>(t->data_ptr()) : nullptr;
+  };
   return {
       static_cast<const uint8_t*>(s.packed.data_ptr()),
-      nested ? static_cast<const uint8_t*>(s.absmax.data_ptr()) : nullptr,
-      nested ? nullptr : static_cast<const float*>(s.absmax.data_ptr()),
+      s.nested() ? static_cast<const uint8_t*>(s.absmax.data_ptr()) : nullptr,
+      s.nested() ? nullptr : static_cast<const float*>(s.absmax.data_ptr()),
       static_cast<const float*>(s.code.data_ptr()),
-      floats(s.nested_code),
-      floats(s.nested_absmax),
-      floats(s.offset),
+      data(s.nested_code),
+      data(s.nested_absmax),
+      data(s.offset),
       log2_of(s.blocksize),
-      nested ? log2_of(s.nested_blocksize) : 0,
+      s.nested() ? log2_of(s.nested_blocksize) : 0,
       rows,
       columns,
   };
-}
-
-DType dtype_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
 
 Matrix device_matrix(const Tensor& t, const char* name, int device) {
@@ -103,7 +60,7 @@ Tensor aligned(const Tensor& x) {
 }
 
 Rim rim_of(const std::optional<Tensor>& left, const std::optional<Tensor>& right, bool transposed, int device) {
-  if (!left.has_value() || !right.has_value()) return {nullptr, nullptr, DType::f32, DType::f32, 0, 0, 0, 0};
+  if (!left.has_value()) return {nullptr, nullptr, DType::f32, DType::f32, 0, 0, 0, 0};
   const Matrix l = device_matrix(*left, "s", device), r = device_matrix(*right, "the adapter", device);
   STD_TORCH_CHECK(left->stride(1) == 1 || l.columns <= 1, "s must have contiguous rows");
   const int64_t inner = right->stride(1);
@@ -134,7 +91,7 @@ void dequantize_4bit_(
     int64_t column
 ) {
   const int device = out.get_device_index();
-  const Storage storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
+  const Storage4bit storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
   if (!has_kernel(out) || !readable_storage(storage) || out.dim() != 2 ||
       (out.stride(1) != 1 && out.size(1) > 1) || !runs(device)) {
     auto stack = boxed(
@@ -144,10 +101,7 @@ void dequantize_4bit_(
     return;
   }
   const Matrix m = device_matrix(out, "out", device);
-  STD_TORCH_CHECK(
-      row >= 0 && column >= 0 && column + m.columns <= columns, "columns ", column, " … ", column + m.columns,
-      " are not in a weight of ", columns
-  );
+  check_panel(row, column, m.columns, columns);
   const Weight4bit w = weight(storage, row + m.rows, columns, device);
   const DeviceGuard guard(device);
   check(dequantize_4bit(w, m, row, column, current_stream(device)), "dequantize_4bit");
@@ -174,7 +128,7 @@ Tensor linear_4bit(
     const std::optional<Tensor>& B
 ) {
   const int device = x_in.get_device_index();
-  const Storage storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
+  const Storage4bit storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
   const bool takes = has_kernel(x_in) && x_in.dim() == 2 && readable_storage(storage) && rim_has_kernel(s, B) &&
                      (!bias.has_value() || bias->scalar_type() == x_in.scalar_type()) && runs(device) &&
                      x_in.size(1) % 32 == 0 && blocksize >= 32;
@@ -189,9 +143,8 @@ Tensor linear_4bit(
   const Tensor x = aligned(x_in);
   const Matrix xm = device_matrix(x, "x", device);
   const Weight4bit w = weight(storage, rows, xm.columns, device);
+  check_rim(s, B, false, xm.rows, rows, "s and B");
   const Rim rim = rim_of(s, B, false, device);
-  STD_TORCH_CHECK(rim.r == 0 || (s->size(0) == xm.rows && B->size(0) == rows && B->size(1) == rim.r),
-                  "s must be (M, r) and B (N, r)");
   STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == rows && bias->is_contiguous()), "bias must be (", rows, ")");
   const void* b = bias.has_value() ? bias->data_ptr() : nullptr;
   const Tensor y = like(x, xm.rows, rows);
@@ -222,7 +175,7 @@ Tensor linear_4bit_backward(
     const std::optional<Tensor>& A
 ) {
   const int device = dy_in.get_device_index();
-  const Storage storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
+  const Storage4bit storage = {packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize};
   const bool takes = has_kernel(dy_in) && dy_in.dim() == 2 && readable_storage(storage) && rim_has_kernel(ds, A) &&
                      runs(device) && columns % 8 == 0 && blocksize >= 32;
   if (!takes) {
@@ -236,9 +189,8 @@ Tensor linear_4bit_backward(
   const Tensor dy = aligned(dy_in);
   const Matrix dym = device_matrix(dy, "dy", device);
   const Weight4bit w = weight(storage, dym.columns, columns, device);
+  check_rim(ds, A, true, dym.rows, columns, "ds and A");
   const Rim rim = rim_of(ds, A, true, device);
-  STD_TORCH_CHECK(rim.r == 0 || (ds->size(0) == dym.rows && A->size(1) == columns && A->size(0) == rim.r),
-                  "ds must be (M, r) and A (r, K)");
   const Tensor dx = like(dy, dym.rows, columns);
   const bool cores = tensor_cores(device, dym.dtype) && dym.columns % 8 == 0 && columns % 32 == 0;
   const int sms = multiprocessors(device);

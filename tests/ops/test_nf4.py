@@ -178,6 +178,30 @@ def test_what_does_not_fit_is_refused() -> None:
         weight_4bit(torch.randn(4, 4))
 
 
+def test_kernels_say_what_of_the_storage_is_wrong(isa: str) -> None:
+    """What Python's own functions never hand over, and another caller of the operators may."""
+    w, x = quantize_4bit(torch.randn(6, 64), nested=True), torch.randn(2, 64)
+
+    def product(s: Tensor | None = None, B: Tensor | None = None, **wrong: Any) -> None:
+        AUTO.linear_4bit(x, *w._replace(**wrong).storage(), 6, None, s, B)
+
+    product()
+    assert w.nested_absmax is not None
+    for wrong, message in (
+        ({"packed": w.packed[:-1]}, "packed must have 192 contiguous uint8 values on the CPU"),
+        ({"absmax": w.absmax.float()}, r"absmax \(of nested scales\) must have 6 contiguous uint8"),
+        ({"code": w.code[::2]}, "code must have 16 contiguous fp32"),
+        ({"nested_absmax": w.nested_absmax[:0]}, "nested_absmax must have 1 contiguous"),
+        ({"blocksize": 48}, "blocksize must be a power of two from 32 to 4096, got 48"),
+        ({"s": torch.randn(2, 3)}, "s and B must both be given or both be None"),
+        ({"s": torch.randn(2, 3), "B": torch.randn(6, 4)}, r"s and B must be \(2, r\) and \(6, r\)"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            product(**wrong)
+    with pytest.raises(RuntimeError, match="columns 32 to 96 are not all among the weight's 64"):
+        AUTO.dequantize_4bit_(torch.empty(2, 64), *w.storage(), 64, 0, 32)
+
+
 @pytest.mark.parametrize("namespace", ["fastpeft", "fastpeft_reference"])
 def test_schemas_and_fakes_are_true(namespace: str) -> None:
     """What torch.compile relies on: mutation and aliasing as declared, shapes and dtypes as the fakes say."""
