@@ -86,10 +86,14 @@ def _root_kernel(
         for k in range(0, K, BK):
             m_k = k + o_k < K
             b_sum = tl.zeros((BN, BK), tl.float64)
-            for j in range(0, R):
-                b_bj = tl.load(p_b + o_n.to(tl.int64) * stride_bn + j, mask=m_n, other=0.0).to(tl.float64)
-                b_aj = tl.load(p_a + j * stride_ar + k + o_k, mask=m_k, other=0.0).to(tl.float64)
-                b_sum += b_bj[:, None] * b_aj[None, :]
+            for i in range(0, R, 16):  # a sector of each row of B
+                o_r = tl.max_contiguous(i + tl.arange(0, 16), 1)  # an element a thread: the mask allows no vectors
+                p_block = p_b + o_n[:, None].to(tl.int64) * stride_bn + o_r[None, :]
+                b_b = tl.load(p_block, mask=m_n[:, None] & (o_r < R)[None, :], other=0.0).to(tl.float64)
+                for j in range(i, tl.minimum(R, i + 16)):
+                    b_bj = tl.sum(tl.where((o_r == j)[None, :], b_b, 0.0), axis=1)
+                    b_aj = tl.load(p_a + j * stride_ar + k + o_k, mask=m_k, other=0.0).to(tl.float64)
+                    b_sum += b_bj[:, None] * b_aj[None, :]
             p_block = p_w + o_n[:, None].to(tl.int64) * stride_wn + (k + o_k)[None, :].to(tl.int64) * stride_wk
             b_w = tl.load(p_block, mask=m_n[:, None] & m_k[None, :], other=0.0).to(tl.float64)
             b_row = b_w + c[:, None] * b_sum

@@ -33,7 +33,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import ptxsim
 import torch
-from fastpeft.kernels import cross_entropy, lora_embedding, philox
+from fastpeft.kernels import cross_entropy, lora_embedding, philox, weight_norm
 from kernel_report import (
     BF16,
     FP32,
@@ -59,6 +59,16 @@ def _embedding(r: int, dtype: torch.dtype) -> Callable[[], object]:
         W, A, B, dy = (torch.randn(*s).to(dtype) for s in ((8192, 512), (r, 8192), (512, r), (512, 512)))
         lora_embedding.lora_embedding(index, W, A, B, 2.0)
         return lora_embedding.lora_embedding_backward(dy, index, A, B, 2.0)
+
+    return call
+
+
+def _norms(r: int, cancel: bool) -> Callable[[], object]:
+    """Norms of rows, which cancel or not."""
+
+    def call() -> object:
+        W, A, B = (torch.randn(*s, dtype=BF16) for s in ((512, 512), (r, 512), (512, r)))
+        return weight_norm.weight_norm(-2 * B @ A if cancel else W, A, B, 2.0)
 
     return call
 
@@ -110,8 +120,9 @@ CASES: dict[str, Callable[[], object]] = {
     "dora backward r128": _dora("backward", 128, N=512),
     "dora backward r16 N odd": _dora("backward", 16, N=511),
     "dora dropout": _dora("dropout", 16, N=512),
-    "weight_norm r16": _dora("norm", 16, N=512),
-    "weight_norm r384": _dora("norm", 384, N=512),
+    "weight_norm r16": _norms(16, False),
+    "weight_norm r384": _norms(384, False),
+    "weight_norm r16 cancelling": _norms(16, True),
     "glu forward": _glu("forward", M=512),
     "glu backward": _glu("backward", M=512),
     "glu forward N odd": _glu("forward", N=1023),

@@ -148,7 +148,7 @@ Tensor lora_linear_4bit(
   const Tensor absmax = scales_of(absmax_in, nested_code.has_value());
   const Matrix xm = flat(x, "x"), am = matrix(a, "A"), bm = matrix(b, "B");
   const Packed w = weight(
-      packed_weight, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize, rows, xm.columns
+      {packed_weight, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize}, rows, xm.columns
   );
   STD_TORCH_CHECK(
       am.columns == xm.columns && bm.rows == rows && bm.columns == am.rows, "A must be (r, ", xm.columns, ") and B (",

@@ -34,6 +34,7 @@ CASES = {
     "dora backward r16": {"backward"},
     "dora dropout": {"dropout"},
     "weight_norm r16": {"terms", "root"},
+    "weight_norm r16 cancelling": {"root"},
     "glu forward": {"glu"},
     "glu backward": {"glu_backward"},
     "glu shrink r16 x3 dropout": {"glu_shrink"},
