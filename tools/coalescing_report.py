@@ -114,6 +114,7 @@ CASES: dict[str, Callable[[], object]] = {
     "wide r16 K odd": _linear("wide", 16, K=255, N=255, M=256),
     "wide_backward r16 dropout": _linear("wide_backward", 16, p=0.05, **SHORT),
     "wide_backward r16 N odd": _linear("wide_backward", 16, K=255, N=255, M=256),
+    "dora gain": _dora("gain", 16, N=512),
     "dora expand r16": _dora("expand", 16, N=512),
     "dora mix r16": _dora("mix", 16, N=512),
     "dora backward r16": _dora("backward", 16, N=512),

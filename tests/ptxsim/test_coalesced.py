@@ -30,6 +30,7 @@ CASES = {
     "shrink_backward r128 dropout": {"outer", "expand"},
     "wide r16": {"wide"},
     "wide_backward r16 dropout": {"wide_backward"},
+    "dora gain": {"gain"},
     "dora mix r16": {"mix"},
     "dora backward r16": {"backward"},
     "dora dropout": {"dropout"},

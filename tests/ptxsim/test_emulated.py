@@ -66,7 +66,7 @@ LORA = {"shrink", "expand", "expand_backward", "shrink_backward", "wide", "wide_
 NORMS = {"norm", "norm_backward", "norm_shrink", "norm_shrink_backward", "norm_outer"}
 CROSS_ENTROPY = {"cross_entropy_accumulate", "cross_entropy_gradient"}
 GLU = {"glu", "glu_backward", "glu_shrink", "glu_shrink_backward"}
-DORA = {"mix", "backward", "dropout"}
+DORA = {"gain", "mix", "backward", "dropout"}
 
 # The kernels that a case must launch, and what holds for each launch.
 CASES: dict[str, tuple[set[str], tuple[Callable[[Row], None], ...]]] = {
