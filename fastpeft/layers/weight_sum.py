@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..ops.backend import autocast_enabled, exact
@@ -48,9 +48,11 @@ class WeightSum(Deferred):
     def lent_by(wrapper: Any, adapter: str, note: set[str] | None = None) -> Tensor | None:
         """The sum of a ParamWrapper's parameter (of fastpeft or peft) and one of its adapters; None as `of`.
 
-        Of one expert in a stack of one too: PEFT adds its delta in another way.
+        Of the one expert in a stack of one too, whose delta PEFT adds in another way, and of a module that is compiled.
         """
         parameter = wrapper.get_param()
+        if is_compiled(wrapper.get_base_layer()):
+            return None
         if parameter.dim() == 2:
             A, B = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
             return WeightSum.of(parameter, B, A, wrapper.scaling[adapter], note)
@@ -88,6 +90,11 @@ class WeightSum(Deferred):
         return _of(_Terms(weight, _unit_stride(left), _unit_stride(right), float(scaling), note))
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """torch.compile was called on the module itself, which then traces whatever parameter it finds."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 @contextlib.contextmanager
 def summed() -> Iterator[None]:
     """Within it every sum is made: for comparing."""
@@ -105,7 +112,7 @@ class _Terms:
 
     def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scaling: float, note: set[str] | None) -> None:
         self.weight, self.left, self.right, self.scaling, self.note = weight, left, right, scaling, note
-        self._experts: tuple[tuple[Tensor, ...], ...] | None = None
+        self._experts: dict[bool, tuple[tuple[Tensor, ...], ...]] = {}  # with a graph, and without
 
     def value(self) -> Tensor:
         """The sum."""
@@ -131,9 +138,10 @@ class _Terms:
 
         The factors are taken apart all at once: the gradient of a tensor taken by its index is as large as the stack.
         """
-        if self._experts is None:
-            self._experts = (self.left.unbind(0), self.right.unbind(0))
-        lefts, rights = self._experts
+        graph = torch.is_grad_enabled()
+        if graph not in self._experts:
+            self._experts[graph] = (self.left.unbind(0), self.right.unbind(0))
+        lefts, rights = self._experts[graph]
         return self.changed(self.weight[index], lefts[index], rights[index])
 
     def transposed(self) -> _Terms:
@@ -142,6 +150,8 @@ class _Terms:
 
 
 def _of(terms: _Terms) -> Any:
+    if not torch.is_grad_enabled():  # a sum made now would have no graph, wherever it is used
+        terms = terms.changed(terms.weight, terms.left.detach(), terms.right.detach())
     weight = terms.weight
     inputs = [t for t in (weight, terms.left, terms.right) if not t.is_inference()]  # copies of this call; no versions
     made: Any = WeightSum(terms.value, weight.shape, weight.dtype, weight.device, inputs)

@@ -11,7 +11,8 @@ gradient, both as large as all experts. The backward keeps x, s = c x A_e^T and 
 
 On the CPU, where the offsets can be read, each expert's rows take the products of one layer (`gemm`, `steps`), and the
 outputs lie in one tensor. Elsewhere reading them would wait for the device: there all products are torch._grouped_mm,
-with the rank padded to its alignment of 16 bytes. Rows behind the last offset belong to nobody; they are zero.
+with the rank padded to its alignment of 16 bytes. Rows behind the last offset belong to nobody: they are zero on the
+CPU, and elsewhere, in the output and in dx, what torch._grouped_mm leaves there.
 """
 
 from __future__ import annotations
@@ -173,11 +174,10 @@ def _product(backend: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 def _forward_on_device(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    nobodys = _nobodys(x, offsets)
     A, B = _aligned(A, B)
     y = GROUPED_MM(x, weight, offs=offsets)
-    s = GROUPED_MM(x, A.mT, offs=offsets).mul_(scaling).masked_fill_(nobodys, 0.0)
-    return y.add_(GROUPED_MM(s, B.mT, offs=offsets)).masked_fill_(nobodys, 0.0), s
+    s = GROUPED_MM(x, A.mT, offs=offsets).mul_(scaling)
+    return y.add_(GROUPED_MM(s, B.mT, offs=offsets)), s
 
 
 def _backward_on_device(
@@ -191,13 +191,13 @@ def _backward_on_device(
     offsets: Tensor,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    nobodys, r = _nobodys(dy, offsets), A.shape[1]
+    r = A.shape[1]
     A, B = _aligned(A, B)
     dy = dy.contiguous()
-    ds = GROUPED_MM(dy, B, offs=offsets).mul_(scaling).masked_fill_(nobodys, 0.0)
+    ds = GROUPED_MM(dy, B, offs=offsets).mul_(scaling)
     dx = None
     if need_dx:
-        dx = GROUPED_MM(dy, weight.mT, offs=offsets).add_(GROUPED_MM(ds, A, offs=offsets)).masked_fill_(nobodys, 0.0)
+        dx = GROUPED_MM(dy, weight.mT, offs=offsets).add_(GROUPED_MM(ds, A, offs=offsets))
     if x is None or s is None:
         return dx, None, None
     dA = GROUPED_MM(ds.t(), x, offs=offsets)
@@ -224,11 +224,6 @@ def _aligned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     r = A.shape[1]
     missing = -r % (_ALIGNMENT // A.element_size())
     return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A.contiguous(), B.contiguous())
-
-
-def _nobodys(x: Tensor, offsets: Tensor) -> Tensor:
-    """The rows behind the last offset, (M, 1)."""
-    return (torch.arange(x.shape[0], device=x.device) >= offsets[-1]).unsqueeze(1)
 
 
 def _check(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, offsets: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..layers.swap import swapped
-from ..layers.weight_sum import WeightSum, summed
+from ..layers.weight_sum import WeightSum, is_compiled, summed
 from .forwards import Forward, eager
 from .inputs import NoInput, example_call
 from .observe import run_quietly, untouched
@@ -110,8 +110,11 @@ def adapter_of(module: Any) -> tuple[str, str | None]:
         return "", f"{len(names)} active adapters ({', '.join(names)})" if names else "no active adapter"
     if module.num_experts == 1 and module.get_param().dim() != 2:
         return "", "no fused form for a stack of one expert"
-    if is_parametrized(module.get_base_layer(), module.parameter_name):
+    base = module.get_base_layer()
+    if is_parametrized(base, module.parameter_name):
         return "", "the parameter has a parametrization of its own"
+    if is_compiled(base):
+        return "", "torch.compile compiles the experts by themselves"
     parameter = module.get_param()
     if type(parameter) not in (Tensor, Parameter):
         return "", f"the parameter is a {type(parameter).__name__} (sharded or quantised)"
@@ -240,7 +243,7 @@ def _try(
         if reason is None and "sum" in lender.operators:
             lender.reason = "its code does more with the parameter than multiply by it: the sum is made"
         elif reason is None and not lender.operators:
-            lender.reason = "its code does not multiply by the parameter"
+            lender.reason = "its code does not multiply by the parameter, or a rank is above 512"
 
 
 def _run(module: nn.Module, call: Call, adapters: list[Tensor]) -> list[Tensor | None]:

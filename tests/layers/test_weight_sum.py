@@ -138,6 +138,17 @@ def test_modes(use: str) -> None:
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-2, atol=0.2)
 
 
+def test_a_part_taken_without_a_graph_has_none() -> None:
+    """As an expert's sum taken under no_grad; one taken with a graph afterwards has its own."""
+    weight, left, right = terms()
+    lent: Any = WeightSum.of(weight, left, right, C)
+    with torch.no_grad():
+        without, whole = lent[1], WeightSum.of(weight, left, right, C)
+    assert not F.linear(x_q, without).requires_grad and not (x_p @ whole[0]).requires_grad
+    F.linear(x_q, lent[1]).sum().backward()
+    assert left.grad is not None and left.grad[1].any()
+
+
 def test_what_has_to_be_summed_is() -> None:
     """A trained or quantised base, a rank above the operators', a comparison that asks for it, tracing."""
     weight, left, right = terms()

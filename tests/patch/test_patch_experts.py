@@ -270,6 +270,18 @@ def test_compile_makes_the_sum(library: str) -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_experts_compiled_by_themselves_get_the_sum(library: str) -> None:
+    model = patch(model_of("mixtral", library), blocks="never", loss="never")
+    expected = run(model)
+    for module in model.modules():
+        if type(module).__name__ == "MixtralExperts":
+            module.compile(backend="eager")
+    assert_same(run(model), expected)
+    unpatch(model)
+    assert all("compiles the experts" in row.reason for row in rows_of(patch(model)))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_the_meta_device_counts_no_sum(library: str) -> None:
     """Where memory is estimated without a model's weights."""
     with torch.device("meta"):
