@@ -11,8 +11,11 @@ import torch
 from qlora_tiny import IDS, LIBRARIES, adapted, load, quietly
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
+from fastpeft.layers.bnb import keep_scales
+from fastpeft.ops.backend import cpu_extension
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -153,3 +156,28 @@ def test_generating_in_a_cache_follows_the_model_without_one(folder: Path) -> No
     tokens = model.generate(input_ids=IDS[:1, :6], max_new_tokens=10, do_sample=False, use_cache=True)
     slowly = quietly(model.generate, input_ids=IDS[:1, :6], max_new_tokens=10, do_sample=False, use_cache=False)
     assert torch.equal(tokens, slowly)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_decoding_writes_the_tokens_of_the_model_that_was_not_patched(folder: Path, library: str, prompts: int) -> None:
+    """One row a projection or a few: the operators for few rows, which write the same text."""
+    model = adapted(LIBRARIES[library], load(folder)).eval()
+    keep_scales(model)
+    ids, written = IDS.view(-1, 8)[:prompts], []
+    for _ in range(2):
+        model.generation_config.eos_token_id = None
+        written.append(model.generate(input_ids=ids, max_new_tokens=12, do_sample=False))
+        fastpeft.patch(model)
+    assert torch.equal(*written)
+    names: list[str] = []
+
+    class Called(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._schema.name)
+            return func(*args, **kwargs or {})
+
+    with Called(), torch.no_grad():
+        model(input_ids=ids[:, :1])
+    if cpu_extension() is not None:
+        assert names.count("fastpeft::lora_linear_4bit") == 14  # a projection, an operator
