@@ -110,6 +110,8 @@ class _LoraExperts(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float, ends: list[int], backend: str
 ) -> tuple[Tensor, Tensor]:
+    if x.shape[0] >= len(ends):
+        A, B = unit_stride(A), unit_stride(B)
     y, s = x.new_empty(x.shape[0], weight.shape[2]), x.new_empty(x.shape[0], A.shape[1])
     c, n, start = (scaling,), (y.shape[1],), 0
     for e, end in enumerate(ends):
@@ -160,6 +162,21 @@ def _backward(
     if dx is not None:
         dx[start:].zero_()
     return dx, dA, dB
+
+
+def unit_stride(factor: Tensor) -> Tensor:
+    """The factor in memory where the kernels can read it, by rows or by columns.
+
+    B lies expert by expert in its columns. As one transposed matrix (E, N r) PyTorch copies it in blocks, as a stack
+    element by element: 0.7 and 2.2 ms for E = 64, N = 768, r = 16 on a Zen 4 core.
+    """
+    if factor.stride(-1) == 1 or factor.stride(-2) == 1:
+        return factor
+    if factor.dim() == 2:
+        return factor.contiguous()
+    if factor.shape[-1] > factor.shape[-2]:
+        return unit_stride(factor.mT).mT
+    return factor.flatten(1).contiguous().view(factor.shape)
 
 
 def _product(backend: str, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
