@@ -30,6 +30,7 @@ from fastpeft.ops.nf4_linear import input_gradient, linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEMM_ROWS = (16, 32, 64, 128, 256, 512)
+FEW_ROWS = (1, 2, 4, 8, 16, 31)
 SHAPE = (1536, 576)
 
 
@@ -40,6 +41,7 @@ def calibrate(
     shape: tuple[int, int] = SHAPE,
     steps: int = 7,
     gemm_rows: tuple[int, ...] = GEMM_ROWS,
+    few_rows: tuple[int, ...] = FEW_ROWS,
 ) -> Path:
     """Measure, show the entries before and after, write the user's table; returns the file.
 
@@ -64,6 +66,13 @@ def calibrate(
             found = {"rows": _from_rows(gemm_rows, shape, steps), "processors": None}
         lines.append(f"large fp32 products: {_gemm_line(gemm)} → {_gemm_line(found)}")
         table["gemm"]["cpu"]["float32"] = found
+        few = table["linear_rows"]["cpu"]
+        with console.status("measuring products of few rows"):
+            for name in entries:
+                most = _few_rows(few_rows, shape, getattr(torch, name), steps)
+                old = few.get(name, {"rows": 0})["rows"]
+                lines.append(f"products of few rows, {name}: ours up to {old} → {most}")
+                few[name] = {"rows": most, "processors": None}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     table["measured"] = f"{today}, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -154,6 +163,26 @@ def _from_rows(rows: tuple[int, ...], shape: tuple[int, int], steps: int) -> int
             break
         least = m
     return least
+
+
+def _few_rows(rows: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, steps: int) -> int:
+    """Up to how many rows `linear_rows` was not slower than PyTorch's product."""
+    weight = torch.randn(*shape).to(dtype)
+
+    def faster(m: int) -> bool:
+        x = torch.randn(m, shape[1]).to(dtype)
+        times = interleave(
+            [
+                Contender("ours", lambda _: OPS["auto"].linear_rows(x, weight, None)[0, :1]),
+                Contender("theirs", lambda _: torch.nn.functional.linear(x, weight)[0, :1]),
+            ],
+            steps=steps,
+            warmup=2,
+            device=torch.device("cpu"),
+        )
+        return times["ours"].median <= times["theirs"].median
+
+    return _up_to(rows, faster)
 
 
 def _gemm_line(entry: dict[str, Any]) -> str:

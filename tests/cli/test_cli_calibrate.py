@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_table_is_measured_written_and_used(cache: Path) -> None:
     assert decisions.in_force().startswith("shipped: ")
     before = decisions.load()[0]
-    path = calibrate("cpu", None, rows=(1, 2), shape=(64, 64), steps=1, gemm_rows=(4, 8))
+    path = calibrate("cpu", None, rows=(1, 2), shape=(64, 64), steps=1, gemm_rows=(4, 8), few_rows=(1, 3))
     assert path == cache / "decisions.json"
     table = json.loads(path.read_text())
     assert decisions.in_force() == f"calibrated: {table['measured']}"
@@ -36,8 +36,11 @@ def test_the_table_is_measured_written_and_used(cache: Path) -> None:
     if native_calls():
         assert gemm["rows"] in (4, 8, None) and gemm["processors"] is None  # this machine's own, whoever made it
         assert decisions.gemm_rows() == (gemm["rows"] or float("inf")) or cpu_extension().isa() == "scalar"
+        for name, entry in table["linear_rows"]["cpu"].items():
+            assert entry["rows"] in (0, 1, 3) and entry["processors"] is None
+            assert decisions.linear_rows(getattr(torch, name)) == entry["rows"] or cpu_extension().isa() == "scalar"
     else:
-        assert gemm == before["gemm"]["cpu"]["float32"]
+        assert gemm == before["gemm"]["cpu"]["float32"] and table["linear_rows"] == before["linear_rows"]
     for name in ("float32", "bfloat16", "float16"):
         entry = table["linear_4bit"]["cpu"][name]
         assert entry["forward"] in (0, 1, 2) and entry["backward"] in (0, 1, 2)

@@ -59,7 +59,9 @@ def assert_right(no_worse: Callable[..., None], w: Weight4bit, t: list[Tensor], 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [((1,), 40, 64, 16), ((1, 1), 37, 192, 5), ((2, 3), 33, 136, 20), ((), 5, 130, 1)])
+@pytest.mark.parametrize(
+    "shape", [((1,), 40, 64, 16), ((1, 1), 37, 192, 5), ((2, 3), 33, 136, 20), ((), 5, 130, 1), ((7,), 38, 128, 3)]
+)
 def test_each_instruction_set(isa: str, no_worse: Callable[..., None], shape: tuple, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     lead, n, k, r = shape
