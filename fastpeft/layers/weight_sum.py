@@ -65,7 +65,8 @@ class WeightSum(Deferred):
     def of(weight: Tensor, left: Tensor, right: Tensor, scaling: float, note: set[str] | None = None) -> Tensor | None:
         """The sum; None where it has to be made.
 
-        note: the names of the operators by which its products are made are added to it, and "sum" if that is made.
+        note: the names of the operators by which its products are made are added to it, "sum" if that is made, and
+        "sum of one" if that of a single expert is.
 
         It has to be made of tensors that are not plain (sharded, quantised) or not on one device, of a weight that is
         trained, with a rank above 512, and under torch.compile, tracing and functorch's transforms.
@@ -110,15 +111,16 @@ def summed() -> Iterator[None]:
 class _Terms:
     """What a sum is made of."""
 
-    __slots__ = ("_experts", "left", "note", "right", "scaling", "weight")
+    __slots__ = ("_experts", "left", "note", "of_one", "right", "scaling", "weight")
 
     def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scaling: float, note: set[str] | None) -> None:
         self.weight, self.left, self.right, self.scaling, self.note = weight, left, right, scaling, note
+        self.of_one = False  # matrix out of a stack
         self._experts: dict[bool, tuple[tuple[Tensor, ...], ...]] = {}  # with a graph, and without
 
     def value(self) -> Tensor:
         """The sum."""
-        self.by("sum")
+        self.by("sum of one" if self.of_one else "sum")
         with exact(self.weight.device):  # autocast would change the weight's dtype
             if self.weight.dim() == 3:
                 return torch.baddbmm(self.weight, self.left, self.right, alpha=self.scaling)
@@ -133,7 +135,9 @@ class _Terms:
 
     def changed(self, weight: Tensor, left: Tensor, right: Tensor) -> _Terms:
         """Those of a part of the sum."""
-        return _Terms(weight, left, right, self.scaling, self.note)
+        part = _Terms(weight, left, right, self.scaling, self.note)
+        part.of_one = self.of_one
+        return part
 
     def expert(self, index: int) -> _Terms:
         """Those of one matrix of the stack.
@@ -144,7 +148,9 @@ class _Terms:
         if graph not in self._experts:
             self._experts[graph] = (self.left.unbind(0), self.right.unbind(0))
         lefts, rights = self._experts[graph]
-        return self.changed(self.weight[index], lefts[index], rights[index])
+        part = self.changed(self.weight[index], lefts[index], rights[index])
+        part.of_one = True
+        return part
 
     def transposed(self) -> _Terms:
         """Those of the transposed sum, with left and right changing places."""

@@ -38,6 +38,7 @@ _HOW = {
     "lora_linear": "expert by expert",
     "lora_experts": "all experts at once",
     "batched products": "all experts at once",
+    "sum of one": "an expert's sum at a time",
 }
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -98,7 +99,8 @@ class Lender:
             return Row(name, kind, reason=self.reason)
         found = sorted(self.operators)
         how = ", ".join(dict.fromkeys(_HOW[operator] for operator in found)) or "where it is multiplied by, not tried"
-        return Row(name, kind, ", ".join(found) or "lora_linear or lora_experts", f"{how}; the sum is not made")
+        found = ["addmm" if operator == "sum of one" else operator for operator in found]
+        return Row(name, kind, ", ".join(found) or "lora_linear or lora_experts", f"{how}; the sum of all is not made")
 
 
 def adapter_of(module: Any) -> tuple[str, str | None]:
