@@ -57,11 +57,17 @@ inline Tensor readable(const Tensor& t) {
   return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) ? t : torch::stable::contiguous(t);
 }
 
-// A contiguous vector of n elements as a matrix of one row.
-inline Matrix bias_row(const Tensor& t, int64_t n) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == n, "bias must be (", n, ") on the CPU");
-  return {t.data_ptr(), 1, n, n, dtype_of(t)};
-}
+// A bias of n elements as a matrix of one row, which lives as long as this; data is null without one or for no outputs.
+struct __attribute__((visibility("hidden"))) BiasRow {
+  BiasRow(const std::optional<Tensor>& t, int64_t n) {
+    if (!t.has_value() || n == 0) return;
+    kept = torch::stable::contiguous(*t);
+    STD_TORCH_CHECK(kept->is_cpu() && kept->dim() == 1 && kept->size(0) == n, "bias must be (", n, ") on the CPU");
+    m = {kept->data_ptr(), 1, n, n, dtype_of(*kept)};
+  }
+  std::optional<Tensor> kept;
+  Matrix m = {nullptr, 0, 0, 0, DType::f32};
+};
 
 // An empty CPU tensor of t's dtype. Not by way of the dispatcher, as new_empty: that takes a microsecond more.
 inline Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, const Tensor& t) {

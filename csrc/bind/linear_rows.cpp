@@ -4,7 +4,6 @@
 namespace {
 
 using namespace fastpeft::bind;
-using fastpeft::DType;
 using fastpeft::Matrix;
 
 Tensor linear_rows(const Tensor& x_in, const Tensor& w_in, const std::optional<Tensor>& bias_in) {
@@ -16,14 +15,9 @@ Tensor linear_rows(const Tensor& x_in, const Tensor& w_in, const std::optional<T
   const Tensor x = readable(x_in), w = readable(w_in);
   const Matrix xm = matrix(x, "x"), wm = matrix(w, "weight");
   STD_TORCH_CHECK(xm.columns == wm.columns, "x has ", xm.columns, " columns and the weight ", wm.columns);
-  Matrix bias = {nullptr, 0, 0, 0, DType::f32};
-  Tensor row = x;
-  if (bias_in.has_value() && wm.rows > 0) {
-    row = torch::stable::contiguous(*bias_in);
-    bias = bias_row(row, wm.rows);
-  }
+  const BiasRow bias(bias_in, wm.rows);
   const Tensor y = like(x, xm.rows, wm.rows);
-  fastpeft::kernels().linear_rows.forward(xm, wm, bias, matrix(y, "y"), run_parallel);
+  fastpeft::kernels().linear_rows.forward(xm, wm, bias.m, matrix(y, "y"), run_parallel);
   return y;
 }
 

@@ -104,14 +104,9 @@ Tensor linear_4bit(
   const Packed w =
       weight({packed, absmax, code, nested_code, nested_absmax, offset, blocksize, nested_blocksize}, rows, xm.columns);
   check_rim(s, b, false, xm.rows, rows, "s and B");
-  Matrix bias = nothing;
-  Tensor added = x;
-  if (bias_in.has_value() && rows > 0) {
-    added = torch::stable::contiguous(*bias_in);
-    bias = bias_row(added, rows);
-  }
+  const BiasRow bias(bias_in, rows);
   const Tensor y = like(x, xm.rows, rows);
-  fastpeft::kernels().nf4.forward(xm, w, bias, sm, bm, matrix(y, "y"), run_parallel);
+  fastpeft::kernels().nf4.forward(xm, w, bias.m, sm, bm, matrix(y, "y"), run_parallel);
   return y;
 }
 
@@ -154,18 +149,13 @@ Tensor lora_linear_4bit(
       am.columns == xm.columns && bm.rows == rows && bm.columns == am.rows, "A must be (r, ", xm.columns, ") and B (",
       rows, ", r)"
   );
-  Matrix bias = nothing;
-  Tensor added = x;
-  if (bias_in.has_value() && rows > 0) {
-    added = torch::stable::contiguous(*bias_in);
-    bias = bias_row(added, rows);
-  }
+  const BiasRow bias(bias_in, rows);
   std::vector<float> s(static_cast<size_t>(xm.rows * am.rows));
   const Matrix sm = {s.empty() ? nullptr : s.data(), xm.rows, am.rows, am.rows, DType::f32};
   fastpeft::kernels().linear_rows.forward(xm, am, nothing, sm, run_here);
   for (float& each : s) each *= static_cast<float>(scaling);
   const Tensor y = with_columns(x, rows);
-  fastpeft::kernels().nf4.forward(xm, w, bias, sm, bm, flat(y, "y"), run_parallel);
+  fastpeft::kernels().nf4.forward(xm, w, bias.m, sm, bm, flat(y, "y"), run_parallel);
   return y;
 }
 
