@@ -83,21 +83,23 @@ def save(table: dict[str, Any]) -> Path:
 @functools.cache
 def gemm_rows() -> float:
     """From how many rows of its left operand on a product of fp32 matrices on the CPU is ours; infinity: never."""
-    entry, extension = load()[0]["gemm"]["cpu"]["float32"], cpu_extension()
-    rows, makers = entry["rows"], entry["processors"]
-    if rows is None or extension is None or extension.isa() == "scalar":
-        return math.inf
-    return rows if makers is None or extension.maker() in makers else math.inf
+    entry = load()[0]["gemm"]["cpu"]["float32"]
+    return math.inf if entry["rows"] is None or not _for_this_processor(entry) else entry["rows"]
 
 
 @functools.cache
 def linear_rows(dtype: torch.dtype) -> int:
     """Up to how many rows of its input a linear layer's product on the CPU is `linear_rows`; 0: never."""
-    entry, extension = load()[0]["linear_rows"]["cpu"].get(str(dtype).removeprefix("torch.")), cpu_extension()
-    if entry is None or extension is None or extension.isa() == "scalar":
-        return 0
-    rows, makers = entry["rows"], entry["processors"]
-    return int(rows) if makers is None or extension.maker() in makers else 0
+    entry = load()[0]["linear_rows"]["cpu"].get(str(dtype).removeprefix("torch."))
+    return entry["rows"] if entry is not None and _for_this_processor(entry) else 0
+
+
+def _for_this_processor(entry: dict[str, Any]) -> bool:
+    """Vector kernels run here, and the entry is of this processor's maker."""
+    extension = cpu_extension()
+    if extension is None or extension.isa() == "scalar":
+        return False
+    return entry["processors"] is None or extension.maker() in entry["processors"]
 
 
 def forget() -> None:
@@ -147,13 +149,22 @@ def _check_table(table: dict[str, Any]) -> None:
         for entry in of_device.values():
             _checked(entry)
     entry = table["gemm"]["cpu"]["float32"]
-    rows, makers = entry["rows"], entry["processors"]
-    if not (rows is None or isinstance(rows, int)) or not (makers is None or isinstance(makers, list)):
-        raise ValueError(f"{entry} is not a number of rows or null, and a list of makers or null")
+    if entry["rows"] is not None:
+        _check_rows(entry)
+    _check_makers(entry)
     for entry in table["linear_rows"]["cpu"].values():
-        rows, makers = entry["rows"], entry["processors"]
-        if not isinstance(rows, int) or not (makers is None or isinstance(makers, list)):
-            raise ValueError(f"{entry} is not a number of rows, and a list of makers or null")
+        _check_rows(entry)
+        _check_makers(entry)
+
+
+def _check_rows(entry: dict[str, Any]) -> None:
+    if not isinstance(entry["rows"], int):
+        raise ValueError(f"rows of {entry} is not a number")
+
+
+def _check_makers(entry: dict[str, Any]) -> None:
+    if not (entry["processors"] is None or isinstance(entry["processors"], list)):
+        raise ValueError(f"processors of {entry} is neither a list of makers nor null")
 
 
 def _checked(entry: dict[str, Any]) -> Rows:

@@ -1,12 +1,16 @@
-"""What the operator tests share: the instruction sets of this processor, and the tolerance."""
+"""What the operator tests share: the instruction sets of this processor, the tolerance, tables that are refused."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tolerance
 
+from fastpeft.ops import decisions
 from fastpeft.ops.backend import cpu_extension
 
 
@@ -38,3 +42,19 @@ def fused_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("glu", "lora_linear", "lora_linear_group"):  # the package has functions of the same names
         monkeypatch.setattr(sys.modules[f"fastpeft.ops.{name}"], "NATIVE_ELEMENTS", -1)
+
+
+@pytest.fixture
+def assert_named_unusable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Any], None]]:
+    """assert_named_unusable(table): as the user's table of decisions it is refused, with the file's name."""
+
+    def check(table: Any) -> None:
+        monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
+        (tmp_path / "decisions.json").write_text(json.dumps(table))
+        decisions.forget()
+        with pytest.raises(ValueError, match="decisions.json cannot be used"):
+            decisions.load()
+
+    yield check
+    monkeypatch.undo()
+    decisions.forget()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,19 +161,11 @@ def test_by_the_table_of_decisions(rows_by_table):
 
 
 @pytest.mark.parametrize("entry", [None, {"rows": 32}, {"rows": "many", "processors": None}])
-def test_a_table_whose_entry_cannot_be_used_is_named(entry, monkeypatch, tmp_path):
+def test_a_table_whose_entry_cannot_be_used_is_named(entry, assert_named_unusable):
     table = {**decisions.load()[0], "gemm": {"cpu": {"float32": entry}}}
     if entry is None:
         del table["gemm"]
-    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
-    (tmp_path / "decisions.json").write_text(json.dumps(table))
-    decisions.forget()
-    try:
-        with pytest.raises(ValueError, match="decisions.json cannot be used"):
-            decisions.load()
-    finally:
-        monkeypatch.undo()
-        decisions.forget()
+    assert_named_unusable(table)
 
 
 @needs_extension

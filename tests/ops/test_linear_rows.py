@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -220,18 +219,10 @@ def test_by_the_table_of_decisions(monkeypatch):
 
 
 @pytest.mark.parametrize("entry", [None, {"rows": 5}, {"rows": None, "processors": None}])
-def test_a_table_whose_entry_cannot_be_used_is_named(entry, monkeypatch, tmp_path):
+def test_a_table_whose_entry_cannot_be_used_is_named(entry, assert_named_unusable):
     table = copy.deepcopy(decisions.load()[0])
     table["linear_rows"]["cpu"]["float32"] = entry
-    monkeypatch.setenv("FASTPEFT_CACHE", str(tmp_path))
-    (tmp_path / "decisions.json").write_text(json.dumps(table))
-    decisions.forget()
-    try:
-        with pytest.raises(ValueError, match="decisions.json cannot be used"):
-            decisions.load()
-    finally:
-        monkeypatch.undo()
-        decisions.forget()
+    assert_named_unusable(table)
 
 
 @needs_extension
