@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,7 +22,8 @@ from fastpeft.ops.backend import OPS
 WEIGHTS = ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048), (2048, 8192))
 
 
-def times(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+def times(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each call, interleaved."""
     for call in calls:
         call()
         call()

@@ -27,6 +27,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from bench_gemm import times as interleaved
 from torch import Tensor
 
 import fastpeft
@@ -38,20 +39,6 @@ from fastpeft.ops.nf4 import Weight4bit, weight_4bit
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (14336, 4096))
 ROUND = 256 << 20  # bytes that the weights of a round have together, beyond any cache
 PROMPT, MODEL = 16, "smollm2-6l"
-
-
-def interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each call."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-        call()
-    for _ in range(rounds):
-        for call, of_call in zip(calls, times):
-            start = time.perf_counter()
-            call()
-            of_call.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
 
 
 def one_after_another(calls: Sequence[Callable[[], object]], rounds: int, repeat: int) -> list[float]:
