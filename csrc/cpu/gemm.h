@@ -23,6 +23,10 @@ constexpr int MR = 4, NV = 1;
 constexpr int NR = NV * W;
 constexpr int64_t DEEP = 320, ROWS = 64 * MR;
 
+// The next panel is asked for while this many strips are multiplied, the last ones: what is asked for earlier has left
+// the cache again when it is packed.
+constexpr int64_t ASKING = 8;
+
 // to[j * to_stride + i] = from[i * stride + j] for `rows` rows, at most W, and `columns` columns.
 #if defined(FASTPEFT_AVX512)
 static void turn(const float* from, int64_t stride, int rows, int64_t columns, float* to, int64_t to_stride) {
@@ -85,8 +89,11 @@ static void pack_strip(const Operand& a, int64_t row, int64_t rows, int64_t colu
   }
 }
 
-// Rows row … row + deep and columns column … column + columns (at most NR) as [deep][NR], what is missing being zero.
-static void pack_panel(const Operand& b, int64_t row, int64_t deep, int64_t column, int64_t columns, float* to) {
+// Rows row … row + deep and columns column … column + columns (at most NR) as [deep][NR], what is missing being zero,
+// each row times its gain.
+static void pack_panel(
+    const Operand& b, const float* gain, int64_t row, int64_t deep, int64_t column, int64_t columns, float* to
+) {
   if (columns < NR) memset(to, 0, deep * NR * sizeof(float));
   if (b.turned) {
     for (int64_t j = 0; j < columns; j += W) {
@@ -101,16 +108,21 @@ static void pack_panel(const Operand& b, int64_t row, int64_t deep, int64_t colu
       }
     }
   }
+  for (int64_t i = 0; gain != nullptr && i < deep; ++i) {
+    const Vec g = set(gain[row + i]);
+    for (int64_t j = 0; j < NR; j += W) store(to + i * NR + j, mul(g, load(to + i * NR + j)));
+  }
 }
 
-// Asks for the part-th of `parts` parts of what pack_panel will read. Its rows are short, and far from each other.
-static void ask_for_panel(
+// Asks for the part-th of `parts` parts of what pack_panel will read: short rows, far from each other. Inlined by force:
+// a function that does nothing but ask has no effect in GCC's eyes, and its calls are left out.
+FASTPEFT_INLINE void ask_for_panel(
     const Operand& b, int64_t row, int64_t deep, int64_t column, int64_t columns, int64_t part, int64_t parts
 ) {
-  const int64_t rows = b.turned ? columns : deep, lines = ((b.turned ? deep : columns) + 15) / 16;
+  const int64_t rows = b.turned ? columns : deep, width = b.turned ? deep : columns;
   const float* from = b.turned ? b.data + column * b.stride + row : b.data + row * b.stride + column;
-  for (int64_t q = rows * lines * part / parts; q < rows * lines * (part + 1) / parts; ++q) {
-    __builtin_prefetch(from + q / lines * b.stride + q % lines * 16, 0, 2);
+  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(from + i * b.stride + j, 0, 2);
   }
 }
 
@@ -147,10 +159,10 @@ struct Target {
   bool add;
 };
 
-// A tile of y that a whole micro-kernel does not fit.
-static void edge(int64_t rows, int64_t columns, int64_t deep, const float* strip, const float* panel, const Target& y) {
+// A tile of y with fewer columns than a panel.
+static void edge(int64_t rows, int64_t columns, int64_t deep, const float* packed, const float* panel, const Target& y) {
   float part[MR * NR];
-  micro<MR, NV>(deep, strip, 1, MR, panel, NR, part, NR, false);
+  strip<MR, NV>(rows, deep, packed, 1, MR, panel, NR, part, NR, false);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += W) {
       const int lanes = int(smaller(W, columns - j));
@@ -161,11 +173,10 @@ static void edge(int64_t rows, int64_t columns, int64_t deep, const float* strip
   }
 }
 
-// y (m x n) = or += a (m x k) b (k x n); b has the functions pack and ask, see Plain.
-template <typename B>
+// y (m x n) = or += a (m x k) diag(gain) b (k x n). Without a gain: null.
 static void run(
-    const Operand& a, int64_t m, int64_t n, int64_t k, const B& b, const Target& y, int64_t threads,
-    ParallelFor run_parallel
+    const Operand& a, int64_t m, int64_t n, int64_t k, const Operand& b, const float* gain, const Target& y,
+    int64_t threads, ParallelFor run_parallel
 ) {
   if (k == 0) {
     for (int64_t i = 0; i < m && !y.add; ++i) memset(y.data + i * y.stride, 0, n * sizeof(float));
@@ -182,7 +193,7 @@ static void run(
       const int64_t bottom = smaller(m, all_strips * (down + 1) / workers.down * MR);
       const int64_t block = even_part(bottom - top, ROWS, MR);
       for (int64_t row = top; row < bottom && first < last; row += block) {
-        const int64_t rows = smaller(block, bottom - row);
+        const int64_t rows = smaller(block, bottom - row), count = divided(rows, MR), asking = smaller(ASKING, count);
         for (int64_t at = 0; at < k; at += depth) {
           const int64_t deep = smaller(depth, k - at);
           for (int64_t i = 0; i < rows; i += MR) {
@@ -190,18 +201,25 @@ static void run(
           }
           for (int64_t p = first; p < last; ++p) {
             const int64_t column = p * NR, columns = smaller(NR, n - column);
-            b.pack(at, deep, column, columns, panel.data);
-            for (int64_t i = 0; i < rows; i += MR) {
-              const Target to{y.data + (row + i) * y.stride + column, y.stride, y.add || at > 0};
-              const float* strip = strips.data + i * deep;
-              if (p + 1 < last) b.ask(at, deep, column + NR, smaller(NR, n - column - NR), i / MR, divided(rows, MR));
-              if (i + MR <= rows && columns == NR) {
-                for (int64_t q = 0; to.add && q < MR; ++q) {
+            pack_panel(b, gain, at, deep, column, columns, panel.data);
+            // The panel after this one, which may be the first of the next terms.
+            const int64_t next = p + 1 < last ? p + 1 : first, next_at = p + 1 < last ? at : at + depth;
+            for (int64_t i = 0; i < count; ++i) {
+              const Target to{y.data + (row + i * MR) * y.stride + column, y.stride, y.add || at > 0};
+              const int64_t here = smaller(MR, rows - i * MR), part = i - (count - asking);
+              const float* packed = strips.data + i * MR * deep;
+              if (part >= 0 && next_at < k) {
+                ask_for_panel(
+                    b, next_at, smaller(depth, k - next_at), next * NR, smaller(NR, n - next * NR), part, asking
+                );
+              }
+              if (columns == NR) {
+                for (int64_t q = 0; to.add && q < here; ++q) {
                   for (int64_t j = 0; j < NR; j += 16) __builtin_prefetch(to.data + q * to.stride + j, 1, 3);
                 }
-                micro<MR, NV>(deep, strip, 1, MR, panel.data, NR, to.data, to.stride, to.add);
+                strip<MR, NV>(here, deep, packed, 1, MR, panel.data, NR, to.data, to.stride, to.add);
               } else {
-                edge(smaller(MR, rows - i), columns, deep, strip, panel.data, to);
+                edge(here, columns, deep, packed, panel.data, to);
               }
             }
           }
@@ -210,21 +228,6 @@ static void run(
     }
   });
 }
-
-struct Plain {
-  Operand b;
-  const float* gain;  // of each row of b; null: 1
-  void pack(int64_t row, int64_t deep, int64_t column, int64_t columns, float* to) const {
-    pack_panel(b, row, deep, column, columns, to);
-    for (int64_t i = 0; gain != nullptr && i < deep; ++i) {
-      const Vec g = set(gain[row + i]);
-      for (int64_t j = 0; j < NR; j += W) store(to + i * NR + j, mul(g, load(to + i * NR + j)));
-    }
-  }
-  void ask(int64_t row, int64_t deep, int64_t column, int64_t columns, int64_t part, int64_t parts) const {
-    ask_for_panel(b, row, deep, column, columns, part, parts);
-  }
-};
 
 static void product(
     const Matrix& a,
@@ -240,7 +243,7 @@ static void product(
   const Operand left{static_cast<const float*>(a.data), a.stride, a_turned};
   const Operand right{static_cast<const float*>(b.data), b.stride, b_turned};
   const Target target{static_cast<float*>(y.data), y.stride, add_to};
-  run(left, y.rows, y.columns, a_turned ? a.rows : a.columns, Plain{right, gain}, target, threads, parallel);
+  run(left, y.rows, y.columns, a_turned ? a.rows : a.columns, right, gain, target, threads, parallel);
 }
 
 }  // namespace gemm
