@@ -301,6 +301,21 @@ struct RopeKernels {
   void (*rotate)(const RopeCall& call, ParallelFor parallel);
 };
 
+// q, out, dout, dq: H heads of T tokens; k, v, dk, dv: G heads of S tokens, G a divisor of H. All fp32 and of one width, a
+// multiple of 16. log_sum: B x H x T. The backward's: dout and what it makes, dq, dk and dv.
+struct AttentionCall {
+  Heads q, k, v, out;
+  float* log_sum;
+  bool causal;  // query i sees the keys 0 … i
+  float scale;
+  Heads dout, dq, dk, dv;
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionCall& call, int64_t threads, ParallelFor parallel);
+  void (*backward)(const AttentionCall& call, int64_t threads, ParallelFor parallel);
+};
+
 // A tile of logits, the columns first … of `rows` rows. state: four vectors of that length, cross_entropy.py's `state` or
 // `rows`. acc.data may be null.
 struct CrossEntropyTile {
@@ -365,6 +380,7 @@ struct Kernels {
   NormKernels layer_norm;
   GluKernels glu;
   RopeKernels rope;
+  AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   Nf4Kernels nf4;
 };

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: included last by the translation unit that was compiled for it.
 #pragma once
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "dora_linear.h"
 #include "gemm.h"
@@ -33,6 +34,7 @@ const Kernels FASTPEFT_JOIN(kernels_, FASTPEFT_ISA) = {
     FASTPEFT_ISA::layer_norm_kernels,
     FASTPEFT_ISA::glu_kernels,
     FASTPEFT_ISA::rope_kernels,
+    FASTPEFT_ISA::attention_kernels,
     FASTPEFT_ISA::cross_entropy_kernels,
     FASTPEFT_ISA::nf4_kernels,
 };

@@ -374,9 +374,7 @@ def bench(
     methods: Annotated[str | None, Option(help="Of the sweep: lora, dora, qlora. [default: --method]")] = None,
     calibrate: Annotated[
         bool,
-        Option(
-            "--calibrate", help="Only measure, and write down, how 4-bit and large fp32 products are best made here."
-        ),
+        Option("--calibrate", help="Only measure, and write down, how products and attention are best made here."),
     ] = False,
 ) -> None:
     """Time training steps against PEFT: same weights, same batches, interleaved step by step in one process.

@@ -1,9 +1,10 @@
-"""`fastpeft bench --calibrate`: which paths products take is measured on this machine and written down.
+"""`fastpeft bench --calibrate`: which paths products and attention take is measured on this machine and written down.
 
 For each dtype, `linear_4bit` and its backward are timed by both paths, interleaved, on more and more rows; the table's
 entry is the largest number of rows up to which decoding in place was never the slower one. On the CPU the products of
-`gemm` are timed beside the vendor's; the entry is the number of rows from which on ours was never the slower one.
-`ops/decisions.py` has the form and the place of the file.
+`gemm` are timed beside the vendor's, and attention with its gradient beside PyTorch's; the entries are the numbers of
+rows and of queries from which on ours was never the slower one. `ops/decisions.py` has the form and the place of the
+file.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from fastpeft.ops.nf4_linear import input_gradient, linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEMM_ROWS = (16, 32, 64, 128, 256, 512)
+ATTENTION_TOKENS = (8, 16, 32, 64, 128, 256)
 FEW_ROWS = (1, 2, 4, 8, 16, 31)
 SHAPE = (1536, 576)
+HEADS = (8, 2, 64)  # of queries, of keys, and their columns
 
 
 def calibrate(
@@ -42,6 +45,7 @@ def calibrate(
     steps: int = 7,
     gemm_rows: tuple[int, ...] = GEMM_ROWS,
     few_rows: tuple[int, ...] = FEW_ROWS,
+    attention_tokens: tuple[int, ...] = ATTENTION_TOKENS,
 ) -> Path:
     """Measure, show the entries before and after, write the user's table; returns the file.
 
@@ -64,8 +68,13 @@ def calibrate(
         gemm = table["gemm"]["cpu"]["float32"]
         with console.status("measuring large fp32 products"):
             found = {"rows": _from_rows(gemm_rows, shape, steps), "processors": None}
-        lines.append(f"large fp32 products: {_gemm_line(gemm)} → {_gemm_line(found)}")
+        lines.append(f"large fp32 products: {_from_line(gemm, 'rows')} → {_from_line(found, 'rows')}")
         table["gemm"]["cpu"]["float32"] = found
+        attention = table["attention"]["cpu"]["float32"]
+        with console.status("measuring attention"):
+            found = {"tokens": _from_tokens(attention_tokens, steps), "processors": None}
+        lines.append(f"attention in fp32: {_from_line(attention, 'tokens')} → {_from_line(found, 'tokens')}")
+        table["attention"]["cpu"]["float32"] = found
         few = table["linear_rows"]["cpu"]
         with console.status("measuring products of few rows"):
             for name in entries:
@@ -141,28 +150,65 @@ def _up_to(rows: tuple[int, ...], faster: Callable[[int], bool]) -> int:
 
 def _from_rows(rows: tuple[int, ...], shape: tuple[int, int], steps: int) -> int | None:
     """From how many rows on our three products, forward, backward and onto, together were not slower than PyTorch's."""
-    least, weight, ops = None, torch.randn(*shape), OPS["auto"]
-    for m in reversed(rows):
+    weight, ops = torch.randn(*shape), OPS["auto"]
+
+    def faster(m: int) -> bool:
         x, dy = torch.randn(m, shape[1]), torch.randn(m, shape[0])
         dx = torch.zeros_like(x)
 
-        def ours(_: int, x: torch.Tensor = x, dy: torch.Tensor = dy, dx: torch.Tensor = dx) -> torch.Tensor:
+        def ours(_: int) -> torch.Tensor:
             y = ops.gemm(x, weight.t())
             ops.gemm_(dx, dy, weight, True)
             return y[0, :1] + ops.gemm(dy, weight)[0, :1]
 
-        def theirs(_: int, x: torch.Tensor = x, dy: torch.Tensor = dy, dx: torch.Tensor = dx) -> torch.Tensor:
+        def theirs(_: int) -> torch.Tensor:
             y = torch.mm(x, weight.t())
             dx.addmm_(dy, weight)
             return y[0, :1] + torch.mm(dy, weight)[0, :1]
 
-        times = interleave(
-            [Contender("ours", ours), Contender("theirs", theirs)], steps=steps, warmup=2, device=torch.device("cpu")
-        )
-        if times["ours"].median > times["theirs"].median:
+        return _not_slower(ours, theirs, steps)
+
+    return _from(rows, faster)
+
+
+def _from_tokens(tokens: tuple[int, ...], steps: int) -> int | None:
+    """From how many queries on our causal attention and its gradient together were not slower than PyTorch's."""
+    (heads, kv_heads, width), ops = HEADS, OPS["auto"]
+    scale = width**-0.5
+
+    def faster(n: int) -> bool:
+        # As projections of all heads leave them.
+        q, k, v = (torch.randn(1, n, h, width).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
+        dout = torch.randn_like(q)
+        leaves = q0, k0, v0 = [t.detach().requires_grad_() for t in (q, k, v)]
+
+        def ours(_: int) -> torch.Tensor:
+            out, log_sum = ops.attention(q, k, v, True, scale)
+            return ops.attention_backward(dout, q, k, v, out, log_sum, True, scale)[0][0, 0, 0, :1]
+
+        def theirs(_: int) -> torch.Tensor:
+            out = torch.nn.functional.scaled_dot_product_attention(q0, k0, v0, is_causal=True, enable_gqa=True)
+            return torch.autograd.grad(out, leaves, dout)[0][0, 0, 0, :1]
+
+        return _not_slower(ours, theirs, steps)
+
+    return _from(tokens, faster)
+
+
+def _from(sizes: tuple[int, ...], faster: Callable[[int], bool]) -> int | None:
+    least = None
+    for n in reversed(sizes):
+        if not faster(n):
             break
-        least = m
+        least = n
     return least
+
+
+def _not_slower(ours: Callable[[int], torch.Tensor], theirs: Callable[[int], torch.Tensor], steps: int) -> bool:
+    times = interleave(
+        [Contender("ours", ours), Contender("theirs", theirs)], steps=steps, warmup=2, device=torch.device("cpu")
+    )
+    return times["ours"].median <= times["theirs"].median
 
 
 def _few_rows(rows: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, steps: int) -> int:
@@ -171,25 +217,20 @@ def _few_rows(rows: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype,
 
     def faster(m: int) -> bool:
         x = torch.randn(m, shape[1]).to(dtype)
-        times = interleave(
-            [
-                Contender("ours", lambda _: OPS["auto"].linear_rows(x, weight, None)[0, :1]),
-                Contender("theirs", lambda _: torch.nn.functional.linear(x, weight)[0, :1]),
-            ],
-            steps=steps,
-            warmup=2,
-            device=torch.device("cpu"),
+        return _not_slower(
+            lambda _: OPS["auto"].linear_rows(x, weight, None)[0, :1],
+            lambda _: torch.nn.functional.linear(x, weight)[0, :1],
+            steps,
         )
-        return times["ours"].median <= times["theirs"].median
 
     return _up_to(rows, faster)
 
 
-def _gemm_line(entry: dict[str, Any]) -> str:
-    if entry["rows"] is None:
+def _from_line(entry: dict[str, Any], unit: str) -> str:
+    if entry[unit] is None:
         return "the vendor's"
     of = "" if entry["processors"] is None else f", on processors of {', '.join(entry['processors'])}"
-    return f"ours from {entry['rows']} rows{of}"
+    return f"ours from {entry[unit]} {unit}{of}"
 
 
 def _show(before: dict[str, Any], after: dict[str, Any], device_type: str, lines: list[str], path: Path) -> None:

@@ -6,6 +6,7 @@ kernels. It imports neither triton nor transformers nor peft.
 
 from __future__ import annotations
 
+from .attention import attention
 from .backend import initialise
 from .dora_linear import dora_linear, dora_linear_group
 from .glu import glu
@@ -20,6 +21,7 @@ from .rms_norm import rms_norm
 from .rope import rope
 
 __all__ = [
+    "attention",
     "dequantize_4bit",
     "dora_linear",
     "dora_linear_group",

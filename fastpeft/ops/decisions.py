@@ -2,9 +2,11 @@
 
 `decisions.json` in this package is the default. `fastpeft bench --calibrate` measures on this machine and writes a file
 of the same form to the user's cache (`FASTPEFT_CACHE`, else `$XDG_CACHE_HOME/fastpeft`, else `~/.cache/fastpeft`),
-which then takes its place.
+which then takes its place. A section that is not in it, because the version that wrote it had none, is the default's.
 
     gemm.cpu.float32                    rows: from so many rows of its left operand on a product is ours, null: never
+                                        processors: of which makers; null: of all
+    attention.cpu.float32               tokens: from so many queries on attention is ours, null: never
                                         processors: of which makers; null: of all
     linear_rows.cpu.<dtype>             rows: up to so many rows of the input a linear layer's product is `linear_rows`
                                         processors: of which makers; null: of all
@@ -29,6 +31,7 @@ import torch
 from .backend import cpu_extension
 
 MAX_PANEL_BYTES = 4 << 20
+_SECTIONS = ("gemm", "attention", "linear_rows", "linear_4bit")
 
 
 class Rows(NamedTuple):
@@ -56,18 +59,24 @@ def path_of_user() -> Path:
 @functools.cache
 def load() -> tuple[dict[str, Any], str]:
     """The table in force and the file it is from. Raises ValueError, with the file's name, if that cannot be read."""
-    path = path_of_user()
+    path, shipped = path_of_user(), Path(__file__).with_name("decisions.json")
     if not path.is_file():
-        path = Path(__file__).with_name("decisions.json")
+        return _read(shipped, {}), str(shipped)
+    default = _read(shipped, {})
+    return _read(path, {name: default[name] for name in _SECTIONS}), str(path)
+
+
+def _read(path: Path, sections: dict[str, Any]) -> dict[str, Any]:
+    """The table in a file. sections: what stands for those that it lacks."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = {**sections, **json.loads(path.read_text(encoding="utf-8"))}
         _check_table(table)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the table of decisions {path} cannot be used ({type(error).__name__}: {error}); delete it, or write it "
             "anew with `fastpeft bench --calibrate`"
         ) from error
-    return table, str(path)
+    return table
 
 
 def save(table: dict[str, Any]) -> Path:
@@ -85,6 +94,13 @@ def gemm_rows() -> float:
     """From how many rows of its left operand on a product of fp32 matrices on the CPU is ours; infinity: never."""
     entry = load()[0]["gemm"]["cpu"]["float32"]
     return math.inf if entry["rows"] is None or not _for_this_processor(entry) else entry["rows"]
+
+
+@functools.cache
+def attention_tokens() -> float:
+    """From how many queries on attention in fp32 on the CPU is ours; infinity: never."""
+    entry = load()[0]["attention"]["cpu"]["float32"]
+    return math.inf if entry["tokens"] is None or not _for_this_processor(entry) else entry["tokens"]
 
 
 @functools.cache
@@ -106,6 +122,7 @@ def forget() -> None:
     """Read the table anew at the next question."""
     load.cache_clear()
     gemm_rows.cache_clear()
+    attention_tokens.cache_clear()
     linear_rows.cache_clear()
     _rows.clear()
 
@@ -148,18 +165,19 @@ def _check_table(table: dict[str, Any]) -> None:
     for of_device in table["linear_4bit"].values():
         for entry in of_device.values():
             _checked(entry)
-    entry = table["gemm"]["cpu"]["float32"]
-    if entry["rows"] is not None:
-        _check_rows(entry)
-    _check_makers(entry)
+    for name, limit in (("gemm", "rows"), ("attention", "tokens")):
+        entry = table[name]["cpu"]["float32"]
+        if entry[limit] is not None:
+            _check_number(entry, limit)
+        _check_makers(entry)
     for entry in table["linear_rows"]["cpu"].values():
-        _check_rows(entry)
+        _check_number(entry, "rows")
         _check_makers(entry)
 
 
-def _check_rows(entry: dict[str, Any]) -> None:
-    if not isinstance(entry["rows"], int):
-        raise ValueError(f"rows of {entry} is not a number")
+def _check_number(entry: dict[str, Any], name: str) -> None:
+    if not isinstance(entry[name], int):
+        raise ValueError(f"{name} of {entry} is not a number")
 
 
 def _check_makers(entry: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import attention as attentions
 from . import experts, scales
 from . import loss as losses
 from . import rope as rotations
@@ -102,8 +103,8 @@ def patch(
     Args:
         example_inputs: a small input for one forward of the model (a tensor, a tuple of arguments or a dict of keyword
             arguments), by which shared inputs are found. Transformers models need none.
-        blocks: whether norms, activations and rotary embeddings are replaced: "auto" where they are recognised,
-            "never".
+        blocks: whether norms, activations, rotary embeddings and attentions are replaced: "auto" where they are
+            recognised, "never".
         stack: whether base weights of a group are laid side by side and multiplied at once: "auto" where that is not
             slower and keeps no more for the backward, "always" where it is possible, "never".
         form: how base product and adapter are put together, as in `ops.lora_linear_group`: "auto", "plain", "fused".
@@ -140,11 +141,14 @@ def _patch_layers(model: nn.Module, example_inputs: Any, options: Options) -> nn
         try:
             scales.hold(root)
             # Below the forwards that open a group's extent, which call what they find.
-            turned = rotations.apply(root, example_inputs, options.verify) if options.blocks == "auto" else []
+            own = []
+            if options.blocks == "auto":
+                own = rotations.apply(root, example_inputs, options.verify)
+                own += attentions.apply(root, example_inputs, options.verify)
             result = _patch(root, example_inputs, options)
             lent = experts.apply(root, example_inputs, options.verify)
             result.rows = [part for row in result.rows for part in lent.get(row.module, [row])]
-            result.rows += turned
+            result.rows += own
             if options.loss == "auto":
                 result.rows += losses.apply(root, example_inputs, options.verify)
         except BaseException:

@@ -2,9 +2,8 @@
 
 An attention's forward calls a function of its file with q, k and the tables. One tiny forward shows which function that
 is, and random numbers whether it computes a form of `rope`: output and gradients against float64, with at most twice
-the function's own error. Then the module gets a forward with the same code that finds an operator under that function's
-name. Nothing but this one name differs, the file's other names are read where they are, and arguments unlike those that
-were tried go to the function itself. No class and no file is touched.
+the function's own error. Then the module's own code finds an operator under that function's name (`own_code`), and
+arguments unlike those that were tried go to the function itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 
 from ..ops.glu import NATIVE_ELEMENTS
 from ..ops.rope import rope, rotate
-from .forwards import TENSORS, Forward, eager
+from .forwards import TENSORS, eager
 from .inputs import NoInput, example_call
 from .observe import run_quietly
+from .own_code import OwnCodeForward, innermost, of_module, replaced, with_names
 from .reading import FLOATS
 from .recognise import _SAME, mode_of
 from .report import Row
@@ -197,6 +197,10 @@ class Rotation:
             raise ValueError("no operands of this form")
         return found
 
+    def stand_in(self, home: dict[str, Any], name: str) -> Any:
+        """What a module's code finds under the function's name."""
+        return _Instead(home, name, self)
+
     def __deepcopy__(self, memo: Any) -> Rotation:
         return self
 
@@ -208,7 +212,7 @@ class Rotation:
 
 
 class _Instead:
-    """What a module's code finds under the function's name."""
+    """The operator where the rotation says so, else the function."""
 
     __slots__ = ("function", "home", "name", "rotation")
 
@@ -225,39 +229,6 @@ class _Instead:
         return function(*args, **kwargs)  # also one that other code has put there since
 
 
-class RopeForward(Forward):
-    """The module's own code, which calls the operator where it would call its function."""
-
-    __slots__ = ("own", "rotations", "source")
-
-    def __init__(self, module: nn.Module, rotations: dict[str, Rotation]) -> None:
-        """rotations: by the function's name. The module has no other forward than its class's."""
-        super().__init__(module)
-        self.rotations = rotations
-        self._build()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self.own
-        if own is None or not self.active or not eager() or type(self.module).forward is not self.source:
-            return self.original(*args, **kwargs)
-        return own(self.module, *args, **kwargs)
-
-    def _build(self) -> None:
-        self.source: Any = type(self.module).forward
-        innermost = _innermost(self.source)
-        self.own: Any = None
-        if innermost is not None and all(name in innermost.__globals__ for name in self.rotations):
-            home = innermost.__globals__
-            self.own = _with(self.source, {n: _Instead(home, n, r) for n, r in self.rotations.items()})
-
-    def __getstate__(self) -> Any:
-        return (self.module, self.previous, self.active, self.rotations)
-
-    def __setstate__(self, state: Any) -> None:
-        self.module, self.previous, self.active, self.rotations = state
-        self._build()
-
-
 @dataclass
 class Call:
     """A call of a function with what may be q, k and tables, and its results."""
@@ -272,7 +243,7 @@ class Call:
 def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
     """Put the forwards on; a row for each module that has a rotary embedding. On an exception the caller unpatches."""
     functions = {module: found for module in root.modules() if (found := _functions(type(module).forward))}
-    modules = [module for module in functions if not _replaced(module)]
+    modules = [module for module in functions if not replaced(module)]
     try:
         target, args, kwargs = example_call(root, example_inputs)
         before, calls = _record(modules, functions, target, args, kwargs) if modules else ([], {})
@@ -283,18 +254,18 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
     known: dict[Any, Rotation | None] = {}
     names = {module: name for name, module in root.named_modules()}
     rows: dict[nn.Module, Row] = {}
-    done: dict[nn.Module, RopeForward] = {}
-    for module, of_module in calls.items():
+    done: dict[nn.Module, OwnCodeForward] = {}
+    for module, its_calls in calls.items():
         rotations: dict[str, Rotation] = {}
-        for call in of_module:
+        for call in its_calls:
             rotation = recognise(call, known)
             if rotation is not None:
                 rotations.setdefault(call.name, rotation)
         if not rotations:
-            what = ", ".join(dict.fromkeys(call.name for call in of_module))
+            what = ", ".join(dict.fromkeys(call.name for call in its_calls))
             rows[module] = Row(names[module], _KIND, reason=f"no fused form for what {what} computes")
             continue
-        done[module] = RopeForward(module, rotations)
+        done[module] = OwnCodeForward(module, dict(rotations))
         rows[module] = Row(names[module], _KIND, "rope", "one operator call in its own code")
     for module, forward in done.items():
         module.__dict__["forward"] = forward
@@ -306,20 +277,15 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
             rows[module] = Row(names[module], _KIND, reason=reason)
     sources = {type(module).forward for module in done}
     for module in functions:
-        if _replaced(module) and module not in done and type(module).forward in sources:
+        if replaced(module) and module not in done and type(module).forward in sources:
             rows[module] = Row(names[module], _KIND, reason="other code has replaced its forward")
     return list(rows.values())
 
 
 def of(root: nn.Module) -> list[Rotation]:
     """The rotations that have been put on the model's modules."""
-    found: dict[int, Rotation] = {}
-    for module in root.modules():
-        forward = module.__dict__.get("forward")
-        while isinstance(forward, Forward):
-            if isinstance(forward, RopeForward):
-                found.update((id(r), r) for r in forward.rotations.values())
-            forward = forward.previous
+    forwards = [forward for module in root.modules() if (forward := of_module(module)) is not None]
+    found = {id(s): s for forward in forwards for s in forward.substitutes.values() if isinstance(s, Rotation)}
     return list(found.values())
 
 
@@ -406,9 +372,9 @@ def _record(
     try:
         for module in modules:
             source: Any = type(module).forward
-            home = _innermost(source).__globals__  # type: ignore[union-attr]
+            home = innermost(source).__globals__  # type: ignore[union-attr]
             new = {name: recorder(module, name, home[name]) for name in functions[module]}
-            module.__dict__["forward"] = MethodType(_with(source, new), module)
+            module.__dict__["forward"] = MethodType(with_names(source, new), module)
         return run_quietly(target, args, kwargs), calls
     finally:
         for module in modules:
@@ -427,10 +393,11 @@ def _held(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
 
 
 def _check(
-    target: nn.Module, args: Any, kwargs: Any, before: list[Tensor], done: dict[nn.Module, RopeForward]
+    target: nn.Module, args: Any, kwargs: Any, before: list[Tensor], done: dict[nn.Module, OwnCodeForward]
 ) -> str | None:
     """Run the model again with the forwards in place: the same result?"""
-    rotations = {id(r): r for forward in done.values() for r in forward.rotations.values()}.values()
+    substitutes = (s for forward in done.values() for s in forward.substitutes.values())
+    rotations = {id(s): s for s in substitutes if isinstance(s, Rotation)}.values()
     for rotation in rotations:
         rotation.probing = True
     try:
@@ -443,73 +410,15 @@ def _check(
     return differ(before, after, target)
 
 
-class _Names(dict[str, Any]):
-    """A file's names, each read where it is when it is asked for, but for those that are in here."""
-
-    def __init__(self, home: dict[str, Any], own: dict[str, Any]) -> None:
-        super().__init__(own)
-        self.home = home
-
-    def __missing__(self, name: str) -> Any:
-        return self.home[name]
-
-
-def _with(function: Any, names: dict[str, Any]) -> FunctionType:
-    """A function of the same code for which some names of its file stand for other things; inside its decorators."""
-    closure, inner = function.__closure__, function.__dict__.get("__wrapped__")
-    home: dict[str, Any] = function.__globals__
-    if inner is not None:
-        rebuilt = _with(inner, names)
-        closure = tuple(CellType(rebuilt) if _content(cell) is inner else cell for cell in closure)
-    else:
-        own = {"__builtins__": home["__builtins__"], "__name__": home.get("__name__"), **names}
-        home = _Names(home, own)
-    made = FunctionType(function.__code__, home, function.__name__, function.__defaults__, closure)
-    made.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
-    made.__annotations__, made.__doc__, made.__qualname__ = (
-        function.__annotations__,
-        function.__doc__,
-        function.__qualname__,
-    )
-    made.__dict__.update(function.__dict__)
-    if inner is not None:
-        made.__dict__["__wrapped__"] = rebuilt
-    return made
-
-
-def _innermost(function: Any) -> FunctionType | None:
-    """The function inside its decorators; None where one of them does not hold it in a variable of its own."""
-    while type(function) is FunctionType:
-        inner = function.__dict__.get("__wrapped__")
-        if inner is None:
-            return function
-        if not any(_content(cell) is inner for cell in function.__closure__ or ()):
-            return None
-        function = inner
-    return None
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
 def _functions(forward: Any) -> list[str]:
     """The names by which a forward's code calls functions of its file."""
-    function = _innermost(forward)
+    function = innermost(forward)
     if function is None or "globals" in function.__code__.co_names or function.__module__.startswith("torch."):
         return []
     found = [n for n in function.__code__.co_names if type(function.__globals__.get(n)) is FunctionType]
     if found and any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(function.__code__)):
         return []
     return found
-
-
-def _replaced(module: nn.Module) -> bool:
-    """Not the class's forward runs, but one that other code has set."""
-    return "forward" in module.__dict__ or "_hf_hook" in module.__dict__
 
 
 def _run(f: Callable[..., tuple[Tensor, ...]], xs: list[Tensor], dys: list[Tensor]) -> list[Tensor]:

@@ -162,10 +162,7 @@ def test_by_the_table_of_decisions(rows_by_table):
 
 @pytest.mark.parametrize("entry", [None, {"rows": 32}, {"rows": "many", "processors": None}])
 def test_a_table_whose_entry_cannot_be_used_is_named(entry, assert_named_unusable):
-    table = {**decisions.load()[0], "gemm": {"cpu": {"float32": entry}}}
-    if entry is None:
-        del table["gemm"]
-    assert_named_unusable(table)
+    assert_named_unusable({**decisions.load()[0], "gemm": {"cpu": {"float32": entry}}})
 
 
 @needs_extension

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from called import Called
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerance import no_worse
 from torch import nn
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.ops import decisions, gemm, lora_linear
 from fastpeft.ops.backend import OPS, backend, cpu_extension
@@ -26,18 +26,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def up_to_8_rows(monkeypatch):
     """As on a processor on which ours was measured to be faster."""
     monkeypatch.setattr(decisions, "linear_rows", lambda dtype: 8 if dtype in DTYPES else 0)
-
-
-class Called(TorchDispatchMode):
-    """The operators that were called."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **kwargs or {})
 
 
 def assert_right(m, k, n, dtype, bias, gap):

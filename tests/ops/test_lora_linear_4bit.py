@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from called import Called
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.ops import decisions, nf4_linear
 from fastpeft.ops.backend import OPS, backend, cpu_extension
@@ -35,18 +35,6 @@ def operands(lead: tuple[int, ...], n: int, k: int, r: int, dtype: torch.dtype, 
 
 def formula(x: Tensor, w: Tensor, bias: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
     return F.linear(x, w, bias) + c * F.linear(F.linear(x, A), B)
-
-
-class Called(TorchDispatchMode):
-    """The operators that were called."""
-
-    def __enter__(self) -> Called:
-        self.names: list[str] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **kwargs or {})
 
 
 def assert_right(no_worse: Callable[..., None], w: Weight4bit, t: list[Tensor], c: float) -> None:

@@ -18,7 +18,8 @@ from transformers.models.llama import modeling_llama
 import fastpeft
 from fastpeft import patch, report, unpatch
 from fastpeft.patch import rope as rope_module
-from fastpeft.patch.rope import RopeForward
+from fastpeft.patch.own_code import OwnCodeForward, of_module
+from fastpeft.patch.rope import Rotation
 
 TINY: dict[str, Any] = SIZES | {
     "vocab_size": 128,
@@ -74,16 +75,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def turned(model: nn.Module) -> dict[nn.Module, RopeForward]:
+def turned(model: nn.Module) -> dict[nn.Module, OwnCodeForward]:
     """The forwards with a rotation, under whatever else stands on their modules."""
-    found = {}
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        while forward is not None and not isinstance(forward, RopeForward):
-            forward = getattr(forward, "previous", None)
-        if forward is not None:
-            found[module] = forward
-    return found
+    return {module: forward for module in model.modules() if (forward := of_module(module)) is not None}
+
+
+def rotations_of(forward: OwnCodeForward) -> list[Rotation]:
+    return [substitute for substitute in forward.substitutes.values() if isinstance(substitute, Rotation)]
 
 
 def rope_rows(model: nn.Module) -> list[Any]:
@@ -99,12 +97,12 @@ def test_found_by_what_is_computed_and_no_number_changes(name: str, calls: list[
     patch(model)
     assert [row.fused for row in rope_rows(model)] == ["rope"] * 2
     for forward in turned(model).values():
-        (rotation,) = forward.rotations.values()
+        (rotation,) = rotations_of(forward)
         found = rotation.form
         assert (found.interleaved, found.pairs, found.half, found.transposed) == form
     calls.clear()
     for forward in turned(model).values():
-        for rotation in forward.rotations.values():
+        for rotation in rotations_of(forward):
             rotation.probing = True  # whatever the size
     assert_same(run(model), before)
     assert len(calls) == (4 if name == "gptj" else 2)  # GPT-J turns q and k one by one
