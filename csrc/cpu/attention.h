@@ -10,7 +10,7 @@ namespace fastpeft {
 namespace FASTPEFT_ISA {
 namespace attention {
 
-// A block of logits, QUERIES x KEYS, is 48 KB, and the block's keys and values as much again at 64 columns.
+// A block of logits is 48 KB; its keys and its values are 64 KB each at 64 columns.
 constexpr int64_t QUERIES = 48, KEYS = 256;
 
 static float* row(const Heads& x, int64_t batch, int64_t head, int64_t token) {

@@ -85,12 +85,19 @@ class LiveMemory(TorchDispatchMode):
                 count = flop_registry[getattr(torch.ops.aten, name.rstrip("_"))]
                 self.product_flops += count(*args, **kwargs, out_val=outputs)
             elif name.startswith("_scaled_dot_product"):
-                tensors = [a for a in args if isinstance(a, Tensor)]
-                query, key = (tensors[1], tensors[2]) if "backward" in name else (tensors[0], tensors[1])
-                once = 4 * query.numel() * key.shape[-2]  # scores, and their product with the values
-                self.attention_flops += once * 5 // 2 if "backward" in name else once  # five products in place of two
+                self.attention_flops += _attention_flops(name, args)
         elif namespace.startswith("fastpeft"):
-            self.product_flops += _own_flops(func, name, args)
+            if name in ("attention", "attention_backward"):
+                self.attention_flops += _attention_flops(name, args)
+            else:
+                self.product_flops += _own_flops(func, name, args)
+
+
+def _attention_flops(name: str, args: Any) -> int:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    query, key = (tensors[1], tensors[2]) if "backward" in name else (tensors[0], tensors[1])
+    once = 4 * query.numel() * key.shape[-2]  # scores, and their product with the values
+    return once * 5 // 2 if "backward" in name else once  # five products in place of two
 
 
 def _own_flops(func: Any, name: str, args: Any) -> int:

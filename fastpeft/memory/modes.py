@@ -43,7 +43,7 @@ def is_attention(func: Any) -> bool:
     """Scaled dot-product attention in one operator."""
     namespace, name = _name(func)
     return not name.endswith("backward") and (
-        ("attention" in name and namespace in ("aten", "_flash_attn"))
+        ("attention" in name and namespace in ("aten", "_flash_attn", "fastpeft", "fastpeft_reference"))
         or name in ("flex_attention", "_flash_attn_forward")
     )
 

@@ -314,6 +314,7 @@ def test_shapes_that_the_kernel_refuses():
         (q[:, :2], q, q),
         (q[..., :20], k[..., :20], k[..., :20]),
         (q, k[:, :, :0], k[:, :, :0]),
+        (q[:, :0], k, k),
         (q[0], k, k),
     ):
         with pytest.raises(RuntimeError):

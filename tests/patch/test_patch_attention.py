@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from fastpeft import patch, report, unpatch
+from fastpeft.measure import LiveMemory
+from fastpeft.memory import install
 from fastpeft.ops import decisions
 from fastpeft.ops.backend import cpu_extension
 from fastpeft.patch import attention as attention_module
@@ -221,6 +224,25 @@ def test_gradient_checkpointing_keeps_the_gradients(calls: list[Any]) -> None:
     calls.clear()
     assert_same(step(model), before)
     assert len(calls) == 4
+
+
+def test_counted_and_kept_as_pytorchs_by_the_checkpointing_modes() -> None:
+    flops = {}
+    for patched, mode in itertools.product((False, True), ("none", "selective", "mlp", "block")):
+        model = lora_llama("fastpeft")
+        if patched:
+            patch(model, checkpoint=mode)
+            assert len(rows(model)) == 2
+        else:
+            install(model, [mode] * 2)
+        step(model)
+        with LiveMemory() as live:
+            step(model)
+        flops[patched, mode] = live.attention_flops
+    forward = 2 * 4 * 2 * 4 * TOKENS * TOKENS * 16  # two layers; scores and their product with the values
+    for mode in ("none", "selective", "mlp"):  # never computed again
+        assert flops[True, mode] == flops[False, mode] == forward * 7 // 2
+    assert flops[True, "block"] == flops[False, "block"] == forward * 9 // 2
 
 
 def test_compiled() -> None:
