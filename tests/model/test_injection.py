@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
 
@@ -214,11 +215,14 @@ def calls(function) -> int:
         count += event == "call"
 
     function()  # warm caches
+    gc.collect()
+    gc.disable()  # what other tests left to finalise is not the function's
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
