@@ -5,28 +5,17 @@ namespace {
 
 using namespace fastpeft::bind;
 using fastpeft::AttentionCall;
-using fastpeft::DType;
 using fastpeft::Heads;
-
-bool all_fp32(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors) {
-    if (t->scalar_type() != ScalarType::Float) return false;
-  }
-  return true;
-}
-
-Tensor readable_heads(const Tensor& t) { return t.dim() == 4 && t.stride(3) == 1 ? t : torch::stable::contiguous(t); }
-
-Heads heads(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, name, " must be (B, H, T, D) on the CPU");
-  return {t.data_ptr(), t.size(0), t.size(1), t.size(2), t.size(3), {t.stride(0), t.stride(1), t.stride(2)}, DType::f32};
-}
 
 // (B, H, T, D) that lies as (B, T, H, D): what a projection of all heads reads and writes.
 Tensor by_tokens(const Tensor& like) {
   const int64_t b = like.size(0), h = like.size(1), t = like.size(2), d = like.size(3);
   const int64_t sizes[] = {b, h, t, d}, strides[] = {t * h * d, d, h * d, 1};
   return empty(4, sizes, strides, like);
+}
+
+void check_heads(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) STD_TORCH_CHECK(t->dim() == 4, "q, k, v, out and dout must be (B, H, T, D)");
 }
 
 AttentionCall call_of(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
@@ -58,6 +47,7 @@ std::tuple<Tensor, Tensor> attention(
     call_reference("fastpeft_reference::attention", stack);
     return {taken(stack[0]), taken(stack[1])};
   }
+  check_heads({&q_in, &k_in, &v_in});
   const Tensor q = readable_heads(q_in), k = readable_heads(k_in), v = readable_heads(v_in);
   AttentionCall call = call_of(q, k, v, causal, scale);
   const Tensor out = by_tokens(q);
@@ -78,6 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     call_reference("fastpeft_reference::attention_backward", stack);
     return {taken(stack[0]), taken(stack[1]), taken(stack[2])};
   }
+  check_heads({&dout_in, &q_in, &k_in, &v_in, &out_in});
   const Tensor q = readable_heads(q_in), k = readable_heads(k_in), v = readable_heads(v_in);
   const Tensor dout = readable_heads(dout_in), out = readable_heads(out_in), log_sum = packed(log_sum_in);
   AttentionCall call = call_of(q, k, v, causal, scale);

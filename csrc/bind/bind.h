@@ -39,6 +39,14 @@ inline bool have_kernels(std::initializer_list<const Tensor*> tensors) {
   return true;
 }
 
+// Null: an operand that was not given.
+inline bool all_fp32(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (t != nullptr && t->scalar_type() != ScalarType::Float) return false;
+  }
+  return true;
+}
+
 // Of a tensor that has_kernel.
 inline DType dtype_of(ScalarType type) {
   return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
@@ -55,6 +63,22 @@ inline Matrix matrix(const Tensor& t, const char* name) {
 // An operand that is only read may have any strides.
 inline Tensor readable(const Tensor& t) {
   return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor readable_heads(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+// q, k or v (B, H, T, D), or a table (B or 1, T, R) as a single head.
+inline Heads heads(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as the other operands are");
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, name, " must have contiguous rows");
+  if (last == 3) {
+    return {t.data_ptr(), t.size(0), t.size(1), t.size(2), t.size(3), {t.stride(0), t.stride(1), t.stride(2)},
+            dtype_of(t)};
+  }
+  return {t.data_ptr(), t.size(0), 1, t.size(1), t.size(2), {t.stride(0), 0, t.stride(1)}, dtype_of(t)};
 }
 
 // A bias of n elements as a matrix of one row, which lives as long as this; data is null without one or for no outputs.

@@ -6,12 +6,7 @@ namespace {
 using namespace fastpeft::bind;
 using fastpeft::Matrix;
 
-bool all_fp32(std::initializer_list<const Tensor*> tensors, const std::optional<Tensor>& gain) {
-  for (const Tensor* t : tensors) {
-    if (t->scalar_type() != ScalarType::Float) return false;
-  }
-  return !gain.has_value() || gain->scalar_type() == ScalarType::Float;
-}
+const Tensor* given(const std::optional<Tensor>& t) { return t.has_value() ? &*t : nullptr; }
 
 // A matrix, or the transpose of one, as it lies.
 struct Operand {
@@ -43,7 +38,7 @@ void compute(const Tensor& y, const Operand& a, const Operand& b, const std::opt
 }
 
 Tensor gemm(const Tensor& a_in, const Tensor& b_in, const std::optional<Tensor>& gain) {
-  if (!all_fp32({&a_in, &b_in}, gain)) {
+  if (!all_fp32({&a_in, &b_in, given(gain)})) {
     auto stack = boxed(a_in, b_in, gain);
     call_reference("fastpeft_reference::gemm", stack);
     return taken(stack[0]);
@@ -55,7 +50,7 @@ Tensor gemm(const Tensor& a_in, const Tensor& b_in, const std::optional<Tensor>&
 }
 
 void gemm_(const Tensor& y, const Tensor& a_in, const Tensor& b_in, bool add, const std::optional<Tensor>& gain) {
-  if (!all_fp32({&y, &a_in, &b_in}, gain)) {
+  if (!all_fp32({&y, &a_in, &b_in, given(gain)})) {
     auto stack = boxed(y, a_in, b_in, add, gain);
     call_reference("fastpeft_reference::gemm_", stack);
     return;

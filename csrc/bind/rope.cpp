@@ -4,26 +4,8 @@
 namespace {
 
 using namespace fastpeft::bind;
-using fastpeft::DType;
-using fastpeft::Heads;
 using fastpeft::RopeCall;
 using Maybe = std::optional<Tensor>;
-
-Tensor readable_heads(const Tensor& t) {
-  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
-}
-
-// q or k (B, H, T, D), or a table (B or 1, T, R) as a single head.
-Heads heads(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as the other operands are");
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, name, " must have contiguous rows");
-  if (last == 3) {
-    return {t.data_ptr(), t.size(0), t.size(1), t.size(2), t.size(3), {t.stride(0), t.stride(1), t.stride(2)},
-            dtype_of(t)};
-  }
-  return {t.data_ptr(), t.size(0), 1, t.size(1), t.size(2), {t.stride(0), 0, t.stride(1)}, dtype_of(t)};
-}
 
 Tensor like_heads(const Tensor& t) { return torch::stable::empty_like(t); }
 
@@ -63,7 +45,7 @@ std::tuple<Maybe, Maybe> rope(
   call.interleaved = interleaved;
   call.pairs = pairs;
   call.inverse = inverse;
-  for (const Heads* table : {&call.cos, &call.sin}) {
+  for (const fastpeft::Heads* table : {&call.cos, &call.sin}) {
     STD_TORCH_CHECK(
         (table->batch == 1 || table->batch == call.q.batch) && table->tokens == call.q.tokens &&
             table->width == call.cos.width,

@@ -67,14 +67,6 @@ static void dots(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row,
   }
 }
 
-FASTPEFT_INLINE float greatest_lane(Vec x) {
-  float lanes[W];
-  store(lanes, x);
-  float most = lanes[0];
-  for (int i = 1; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-
 // One row of logits becomes exp(scale s - reference), the rest of the row up to `end` 0. Returns the sum.
 static float exponentials(float* s, int64_t n, int64_t end, float scale, float reference) {
   const Vec c = set(scale), m = set(-reference);
@@ -97,7 +89,7 @@ static float exponentials(float* s, int64_t n, int64_t end, float scale, float r
 }
 
 static float largest(const float* s, int64_t n) {
-  Vec most = set(-__builtin_inff());
+  Vec most = set(MINUS_INFINITY);
   int64_t j = 0;
   for (; j + W <= n; j += W) most = greatest(most, load(s + j));
   float top = greatest_lane(most);

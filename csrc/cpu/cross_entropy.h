@@ -8,8 +8,6 @@
 namespace fastpeft {
 namespace FASTPEFT_ISA {
 
-constexpr float MINUS_INFINITY = -__builtin_inff();
-
 FASTPEFT_INLINE float lane_0(Vec v) {
   float lanes[W];
   store(lanes, v);
@@ -17,11 +15,7 @@ FASTPEFT_INLINE float lane_0(Vec v) {
 }
 
 FASTPEFT_INLINE float largest(const Vec* v) {
-  const Vec most = greatest(greatest(v[0], v[1]), greatest(v[2], v[3]));
-  float lanes[W], top = MINUS_INFINITY;
-  store(lanes, most);
-  for (int i = 0; i < W; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return top;
+  return greatest_lane(greatest(greatest(v[0], v[1]), greatest(v[2], v[3])));
 }
 
 // x of a logit and, with a cap, t = x / cap.

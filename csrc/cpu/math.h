@@ -84,6 +84,15 @@ FASTPEFT_INLINE void exact_square(Vec x, Vec* rounded, Vec* rest) {
 #endif
 }
 
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+FASTPEFT_INLINE float greatest_lane(Vec x) {
+  float lanes[W], most = MINUS_INFINITY;
+  store(lanes, x);
+  for (int i = 0; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
 // e^x: n = round(x / ln 2), e^(x - n ln 2) by a polynomial, times 2^n.
 FASTPEFT_INLINE Vec exp(Vec x) {
   x = least(set(89.0f), greatest(set(-104.0f), x));  // beyond, the result is infinity or 0 and n is small enough

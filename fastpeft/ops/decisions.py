@@ -92,15 +92,18 @@ def save(table: dict[str, Any]) -> Path:
 @functools.cache
 def gemm_rows() -> float:
     """From how many rows of its left operand on a product of fp32 matrices on the CPU is ours; infinity: never."""
-    entry = load()[0]["gemm"]["cpu"]["float32"]
-    return math.inf if entry["rows"] is None or not _for_this_processor(entry) else entry["rows"]
+    return _least("gemm", "rows")
 
 
 @functools.cache
 def attention_tokens() -> float:
     """From how many queries on attention in fp32 on the CPU is ours; infinity: never."""
-    entry = load()[0]["attention"]["cpu"]["float32"]
-    return math.inf if entry["tokens"] is None or not _for_this_processor(entry) else entry["tokens"]
+    return _least("attention", "tokens")
+
+
+def _least(section: str, limit: str) -> float:
+    entry = load()[0][section]["cpu"]["float32"]
+    return math.inf if entry[limit] is None or not _for_this_processor(entry) else entry[limit]
 
 
 @functools.cache

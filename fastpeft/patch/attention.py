@@ -24,9 +24,9 @@ from ..ops.attention import computed, formula, ours, takes
 from .forwards import TENSORS, eager
 from .inputs import NoInput, example_call
 from .observe import run_quietly
-from .own_code import OwnCodeForward, innermost, replaced, take_off
+from .own_code import OwnCodeForward, innermost, replaced, take_off, try_model
 from .report import Row
-from .tolerance import FACTOR, FORMULA, differ, distance
+from .tolerance import agrees, with_gradients
 
 _KIND = "attention"
 _TABLE = ("transformers.modeling_utils", "AttentionInterface")
@@ -65,18 +65,8 @@ class Attention:
         """In the place of Transformers' sdpa_attention_forward, with its arguments and results."""
         found = self._operands(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         if found is None:
-            function = _sdpa()
-            return function(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                is_causal=is_causal,
-                **kwargs,
-            )
+            kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+            return _sdpa()(module, query, key, value, attention_mask, **kwargs)
         if self.probing:
             self.met.add(module)
         return computed(query, key, value, *found).transpose(1, 2), None
@@ -123,30 +113,18 @@ class Attention:
         q, k, v = (torch.randn(2, h, _TOKENS, width, generator=generator) for h in (heads, kv_heads, kv_heads))
         dout = torch.randn(2, heads, _TOKENS, width, generator=generator)
 
-        def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = _sdpa()(module, q, k, v, None, dropout=0.0, scaling=scale, is_causal=causal)[0]
-            return out.transpose(1, 2)
-
-        def run(function: Any, *operands: Tensor) -> list[Tensor]:
-            *xs, dy = operands
-            xs = [x.detach().requires_grad_() for x in xs]
-            with torch.enable_grad():
-                out = function(*xs)
-                return [out.detach(), *torch.autograd.grad(out, xs, dy)]
+        def theirs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+            return (_sdpa()(module, q, k, v, None, dropout=0.0, scaling=scale, is_causal=causal)[0].transpose(1, 2),)
 
         try:
-            other = run(theirs, q, k, v, dout)
-            mine = run(lambda q, k, v: computed(q, k, v, causal, scale), q, k, v, dout)
+            other = with_gradients(theirs, [q, k, v], [dout])
+            mine = with_gradients(lambda q, k, v: (computed(q, k, v, causal, scale),), [q, k, v], [dout])
         except Exception:  # whatever the function raises for what it was not made for
             return False
-        true = run(lambda q, k, v: formula(q, k, v, causal, scale)[0], *(t.double() for t in (q, k, v, dout)))
-        for a, b, c in zip(mine, other, true, strict=True):
-            if a.shape != c.shape or b.shape != c.shape:
-                return False
-            allowed = distance(b, c)
-            if not (allowed <= FORMULA[torch.float32] and distance(a, c) <= FACTOR * allowed):
-                return False
-        return True
+        wide = [t.double() for t in (q, k, v)]
+        true = with_gradients(lambda q, k, v: formula(q, k, v, causal, scale)[:1], wide, [dout.double()])
+        found = list(zip(mine, other, true, strict=True))
+        return all(a.shape == b.shape == c.shape and agrees(a, b, c) for a, b, c in found)
 
     def __deepcopy__(self, memo: Any) -> Attention:
         return self
@@ -190,7 +168,7 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
     attention, names = Attention(), {module: name for name, module in root.named_modules()}
     try:
         target, args, kwargs = example_call(root, example_inputs)
-        before = run_quietly(target, args, kwargs) if verify else []
+        before = run_quietly(target, args, kwargs) if verify else None
     except NoInput:
         return []
     except Exception:  # whatever the model's own code raises; the report's note says so for the whole of the model
@@ -203,7 +181,7 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
         else:
             module.__dict__["forward"] = forward = OwnCodeForward(module, {name: attention})
         done[module] = forward
-    wrong = _check(target, args, kwargs, before, attention, verify)
+    wrong = try_model([attention], target, args, kwargs, before)
     rows = []
     for module, forward in done.items():
         if wrong is None and module in attention.met:
@@ -215,20 +193,6 @@ def apply(root: nn.Module, example_inputs: Any, verify: bool) -> list[Row]:
             rows.append(Row(names[module], _KIND, reason=wrong))
     attention.met.clear()
     return rows
-
-
-def _check(
-    target: nn.Module, args: Any, kwargs: Any, before: list[Tensor], attention: Attention, verify: bool
-) -> str | None:
-    """Run the model with the operator, whatever the length: who comes to it and, if asked, is the result the same?"""
-    attention.probing = True
-    try:
-        after = run_quietly(target, args, kwargs)
-    except Exception as error:
-        return f"the model's forward fails with the operator: {type(error).__name__}: {error}"
-    finally:
-        attention.probing = False
-    return differ(before, after, target) if verify else None
 
 
 def _table_of(module: nn.Module) -> str | None:

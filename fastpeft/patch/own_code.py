@@ -6,16 +6,21 @@ its file's other names are read where they are. No class and no file is touched.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import CellType, FunctionType
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from .forwards import Forward, eager
+from .observe import run_quietly
+from .tolerance import differ
 
 
 class Substitute(Protocol):
     """What takes a name's place in the code of one or more modules."""
+
+    probing: bool  # inputs too small to be worth it are computed too
 
     def stand_in(self, home: dict[str, Any], name: str) -> Any:
         """What the code finds under `name`; home: the names of its file."""
@@ -67,6 +72,30 @@ def of_module(module: nn.Module) -> OwnCodeForward | None:
             return forward
         forward = forward.previous
     return None
+
+
+def try_model(
+    substitutes: Iterable[Substitute],
+    target: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: list[Tensor] | None,
+) -> str | None:
+    """Run the model with the substitutes, whatever the size: what is wrong, None where it returns `before` again.
+
+    before: None where the result is not asked for.
+    """
+    probed = list(substitutes)
+    for substitute in probed:
+        substitute.probing = True
+    try:
+        after = run_quietly(target, args, kwargs)
+    except Exception as error:
+        return f"the model's forward fails with the operator: {type(error).__name__}: {error}"
+    finally:
+        for substitute in probed:
+            substitute.probing = False
+    return None if before is None else differ(before, after, target)
 
 
 def take_off(forward: OwnCodeForward, names: set[str]) -> None:

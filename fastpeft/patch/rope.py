@@ -24,11 +24,11 @@ from ..ops.rope import rope, rotate
 from .forwards import TENSORS, eager
 from .inputs import NoInput, example_call
 from .observe import run_quietly
-from .own_code import OwnCodeForward, innermost, of_module, replaced, with_names
+from .own_code import OwnCodeForward, innermost, of_module, replaced, try_model, with_names
 from .reading import FLOATS
 from .recognise import _SAME, mode_of
 from .report import Row
-from .tolerance import FACTOR, FORMULA, differ, distance
+from .tolerance import FORMULA, agrees, distance, with_gradients
 
 _KIND = "RoPE"
 _TOKENS = 24  # of a trial
@@ -137,8 +137,7 @@ class Rotation:
         for mine, other, true in found:
             if other.dtype != dtype or mine.dtype != dtype:
                 return False
-            allowed = distance(other, true)
-            if not (allowed <= FORMULA[dtype] and distance(mine, true) <= FACTOR * allowed):
+            if not agrees(mine, other, true):
                 return False
         return True
 
@@ -162,13 +161,15 @@ class Rotation:
         douter = [dy.transpose(1, 2) if self.form.transposed else dy for dy in dys]
         try:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                theirs = _run(lambda *x: self._of(function, x, tables), outer, douter)
-                ours = _run(lambda *x: self._ours(x, tables), outer, douter)
+                theirs = with_gradients(lambda *x: self._of(function, x, tables), outer, douter)
+                ours = with_gradients(lambda *x: self._ours(x, tables), outer, douter)
         except Exception:  # whatever the function raises for what it was not made for
             return None
         with torch.autocast(device.type, enabled=False):
             wide = [t.double() for t in tables]
-            truth = _run(lambda *x: self._exact(x, wide), [t.double() for t in outer], [t.double() for t in douter])
+            truth = with_gradients(
+                lambda *x: self._exact(x, wide), [t.double() for t in outer], [t.double() for t in douter]
+            )
         if any(other.shape != true.shape for other, true in zip(theirs, truth, strict=True)):
             return None
         return list(zip(ours, theirs, truth, strict=True))
@@ -397,17 +398,7 @@ def _check(
 ) -> str | None:
     """Run the model again with the forwards in place: the same result?"""
     substitutes = (s for forward in done.values() for s in forward.substitutes.values())
-    rotations = {id(s): s for s in substitutes if isinstance(s, Rotation)}.values()
-    for rotation in rotations:
-        rotation.probing = True
-    try:
-        after = run_quietly(target, args, kwargs)
-    except Exception as error:
-        return f"the model's forward fails with the operator: {type(error).__name__}: {error}"
-    finally:
-        for rotation in rotations:
-            rotation.probing = False
-    return differ(before, after, target)
+    return try_model(substitutes, target, args, kwargs, before)
 
 
 def _functions(forward: Any) -> list[str]:
@@ -419,12 +410,3 @@ def _functions(forward: Any) -> list[str]:
     if found and any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(function.__code__)):
         return []
     return found
-
-
-def _run(f: Callable[..., tuple[Tensor, ...]], xs: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
-    """Outputs, then the gradients of the inputs."""
-    xs = [x.detach().requires_grad_() for x in xs]
-    with torch.enable_grad():
-        ys = f(*xs)
-        grads = torch.autograd.grad(ys, xs, [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)])
-    return [*(y.detach() for y in ys), *grads]

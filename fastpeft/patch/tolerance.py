@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -52,3 +54,18 @@ def distance(value: Tensor, truth: Tensor) -> float:
     truth = truth.double()
     error = ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
     return error if error == error else float("inf")
+
+
+def agrees(mine: Tensor, other: Tensor, true: Tensor) -> bool:
+    """Does `other` compute the formula, in float64 `true`, and does ours err at most FACTOR times as much?"""
+    allowed = distance(other, true)
+    return allowed <= FORMULA[other.dtype] and distance(mine, true) <= FACTOR * allowed
+
+
+def with_gradients(f: Callable[..., tuple[Tensor, ...]], xs: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
+    """The outputs of f(*xs), then the gradients of xs."""
+    xs = [x.detach().requires_grad_() for x in xs]
+    with torch.enable_grad():
+        ys = f(*xs)
+        grads = torch.autograd.grad(ys, xs, [dy.to(y.dtype) for y, dy in zip(ys, dys, strict=True)])
+    return [*(y.detach() for y in ys), *grads]
